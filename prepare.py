@@ -1,0 +1,440 @@
+"""Documents to tokens: read a corpus, tokenize it, and write it as train.py reads it.
+
+    python prepare.py config/smollm2.py                                the first file of cosmopedia-v2, from the hub
+    python prepare.py config/tiny.py                                   Python's own documentation, without a network
+    python prepare.py --source='books/*.txt' --data_dir=data/books     your own text
+
+Each parquet or jsonl file of the corpus becomes a shard; text files, or the documentation, make one together:
+
+    tokenizer.json                       the tokenizer of all shards
+    train-00000.bin   val-00000.bin      the tokens, little-endian uint16, and nothing else
+    shard-00000.json                     where they come from and how many they are; written last
+
+A document is its tokens and then <|endoftext|>, so a model learns where texts begin and end. Files are written under
+another name and renamed when whole, and a shard counts once its json is there: whatever is interrupted can be started
+again, and several machines can prepare different shards into one folder.
+"""
+
+import ast
+import glob
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import logging
+import multiprocessing
+import os
+import queue
+import re
+import secrets
+import sys
+import sysconfig
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tqdm import tqdm
+
+from config import load_settings
+
+
+@dataclass
+class Settings:
+    """Turn documents into files of tokens for train.py."""
+
+    data_dir: str = "data/cosmopedia-v2"  # folder to write
+    source: str = "HuggingFaceTB/smollm-corpus/cosmopedia-v2"  # dataset/folder on the hub, python-docs, path or glob
+    shards: str | None = None  # which of the source's files: 0 or 0-3 or 0,7; unset: 0 of the hub's, all local ones
+    revision: str | None = None  # branch, tag or commit of the dataset on the hub
+    max_documents: int | None = None  # stop after so many documents of each file
+    tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # hub id, path of a tokenizer.json, or train:4096 to train one
+    val_fraction: float = 0.005  # share of the documents kept for evaluation
+    num_proc: int = os.cpu_count() or 1  # cores to tokenize on
+
+
+END_OF_TEXT = "<|endoftext|>"
+SPECIAL_TOKENS = (
+    "<|endoftext|> <|im_start|> <|im_end|> <repo_name> <reponame> <file_sep> <filename> <gh_stars> <issue_start> "
+    "<issue_comment> <issue_closed> <jupyter_start> <jupyter_text> <jupyter_code> <jupyter_output> <jupyter_script> "
+    "<empty_output>"
+).split()  # SmolLM2's, in its order: <|endoftext|> is 0
+
+# ---- Sources: each is a list of files, and each file an iterator of texts ------------------------------------------
+
+
+@dataclass
+class File:
+    """One file of a source."""
+
+    name: str
+    revision: str  # what tells this content from another under the same name
+    texts: Callable  # () -> iterator of str, None where a document has no text
+
+
+def list_files(settings):
+    """The files of the source, in the order in which shards are numbered, and which of them are meant by default."""
+    source = settings.source
+    if source == "python-docs":
+        versions = [f"python {sys.version.split()[0]}"]
+        versions += [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "torch")]
+        return [File(source, ", ".join(versions), lambda: python_docs(settings.num_proc))], "0"
+    pattern = os.path.join(source, "**") if os.path.isdir(source) else source
+    paths = [source] if os.path.isfile(source) else sorted(glob.glob(pattern, recursive=True))
+    readers = {".jsonl": jsonl_texts, ".parquet": parquet_texts}
+    files = [File(path, fingerprint(path), partial(read, path)) for path in paths
+             if (read := readers.get(Path(path).suffix))]  # fmt: skip
+    if text_files := [path for path in paths if path.endswith(".txt")]:
+        files.append(File(source, fingerprint(*text_files), lambda: map(text_of, text_files)))
+    if files:
+        return files, f"0-{len(files) - 1}"
+    if paths or not re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}", source):
+        sys.exit(f"--source={source}: there is no .txt, .jsonl or .parquet file; a source is a path or a pattern of such, "
+                 "OWNER/DATASET/FOLDER on the hub, or python-docs.")  # fmt: skip
+    return hub_files(source, settings.revision)
+
+
+def fingerprint(*paths):
+    """Changes when a local file does."""
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    return f"{sum(size for _, size, _ in stats)} bytes, {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
+
+
+def hub_files(source, revision):
+    """The parquet files in a folder of a dataset on the hub, at the commit that revision stands for now."""
+    owner, name, folder = source.split("/", 2)
+    with hub_errors(source):
+        from huggingface_hub import HfApi
+
+        api, repo = HfApi(), f"{owner}/{name}"
+        commit = api.dataset_info(repo, revision=revision).sha
+        entries = api.list_repo_tree(repo, folder, repo_type="dataset", revision=commit)
+        paths = sorted(entry.path for entry in entries if entry.path.endswith(".parquet"))
+    if not paths:
+        sys.exit(f"--source={source}: that folder of the hub holds no .parquet file.")
+    return [File(path, commit, partial(parquet_texts, f"hf://datasets/{repo}@{commit}/{path}")) for path in paths], "0"
+
+
+@contextmanager
+def hub_errors(what):
+    """Whatever goes wrong between here and the hub, as one sentence."""
+    try:
+        yield
+    except Exception as error:
+        kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "RevisionNotFoundError" in kinds:
+            sys.exit(f"{what}: the hub knows no such --revision.")
+        if "RepositoryNotFoundError" in kinds:  # the hub does not tell the two apart, so that names stay private
+            sys.exit(f"{what}: the hub does not know it, or keeps it for members: then set HF_TOKEN to your token.")
+        if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
+            sys.exit(f"{what}: the hub knows the repository, but nothing of that name in it.")
+        sys.exit(f"{what}: the hub cannot be reached ({type(error).__name__}); without a network, "
+                 "`python prepare.py config/tiny.py` needs nothing from it.")  # fmt: skip
+
+
+def parquet_texts(path):
+    """The column `text` of a parquet file, here or on the hub; of the latter only that column travels."""
+    with hub_errors(path) if path.startswith("hf://") else nullcontext():
+        from datasets import load_dataset
+
+        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it is said below, once
+        try:
+            rows = load_dataset("parquet", data_files=[path], split="train", streaming=True, columns=["text"])
+            for batch in rows.iter(batch_size=1000):
+                yield from batch["text"]
+        except ValueError as error:
+            sys.exit(f"{path}: not a parquet file with a column text ({str(error).splitlines()[0]}).")
+
+
+def jsonl_texts(path):
+    """The field `text` of each line of a jsonl file."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                sys.exit(f"{path}, line {number}: not a JSON object with a field text ({error!r}).")
+
+
+def text_of(path):
+    try:
+        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        sys.exit(f"{path}: byte {error.start} is not UTF-8; convert the file, for example with iconv.")
+
+
+@cache  # a tokenizer may be trained on it first
+def python_docs(num_proc):
+    """What every reader of this has on disk: Python's language reference, and the longer docstrings of the standard
+    library, numpy and torch. The source files are parsed, never imported; each text comes once, in a stable order."""
+    library = Path(sysconfig.get_path("stdlib"))
+    roots = [library] + [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
+    skip = {"test", "tests", "site-packages", "dist-packages"}
+    paths = [
+        path for root in roots for path in sorted(root.rglob("*.py")) if not skip & {*path.relative_to(root).parts}
+    ]
+    topics = ast.parse((library / "pydoc_data" / "topics.py").read_bytes()).body[-1].value  # a literal dict
+    with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
+        docstrings = pool.map(docstrings_of, paths, chunksize=32)
+        return list(dict.fromkeys(itertools.chain(ast.literal_eval(topics).values(), *docstrings)))
+
+
+def docstrings_of(path, at_least=200):
+    """The docstrings of a source file that are longer than so many characters, in the order of the file."""
+    with warnings.catch_warnings(action="ignore"):  # what Python thinks of the style of others
+        try:
+            nodes = [ast.parse(path.read_bytes())]
+        except (SyntaxError, ValueError):  # written for another version of Python
+            return []
+    texts = []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            texts.append(ast.get_docstring(node) or "")
+        nodes += reversed([child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)])
+    return [text for text in texts if len(text) > at_least]
+
+
+# ---- The tokenizer --------------------------------------------------------------------------------------------------
+
+
+def get_tokenizer(settings, files):
+    """The tokenizer and the sha256 of its tokenizer.json, which is left in data_dir. A folder's shards share one."""
+    here = Path(settings.data_dir) / "tokenizer.json"
+    if settings.tokenizer.startswith("train:"):
+        if not here.exists():
+            write_whole(here, train_tokenizer(settings, files).to_str(pretty=True).encode())
+        wanted = here.read_bytes()
+    elif os.path.isfile(settings.tokenizer):
+        wanted = Path(settings.tokenizer).read_bytes()
+    else:
+        with hub_errors(settings.tokenizer):
+            from huggingface_hub import hf_hub_download
+
+            wanted = Path(hf_hub_download(settings.tokenizer, "tokenizer.json")).read_bytes()
+    try:
+        tokenizer = Tokenizer.from_buffer(wanted)
+    except Exception as error:  # the library has no type of its own for this
+        sys.exit(f"--tokenizer={settings.tokenizer} is not a tokenizer.json: {error}")
+    if tokenizer.get_vocab_size() > 65_536:
+        sys.exit(f"--tokenizer={settings.tokenizer} has {tokenizer.get_vocab_size():,} tokens; bins hold 16-bit "
+                 "numbers, so 65,536 at most.")  # fmt: skip
+    if tokenizer.token_to_id(END_OF_TEXT) is None:
+        sys.exit(f"--tokenizer={settings.tokenizer} has no {END_OF_TEXT} to set between documents.")
+    if not here.exists():
+        write_whole(here, wanted)
+    if here.read_bytes() != wanted:
+        sys.exit(f"{here} is another tokenizer than --tokenizer={settings.tokenizer}; take another --data_dir.")
+    # Text is not to be trusted: a document that says <|endoftext|> gets those letters, not the token, and nobody can
+    # end a document, or open a chat turn, by writing so in a web page.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer, hashlib.sha256(wanted).hexdigest()
+
+
+def train_tokenizer(settings, files):
+    """A byte-level BPE by SmolLM2's recipe: digits stand alone, no space is added in front, special tokens come first."""
+    size = settings.tokenizer.removeprefix("train:")
+    least = len(SPECIAL_TOKENS) + 256
+    if not size.isdecimal() or not least <= int(size) <= 65_536:
+        sys.exit(f"--tokenizer={settings.tokenizer}: the size must be a number from {least} to 65536.")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=int(size),
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    texts = (text for file in files for text in documents(file, settings.max_documents))
+    texts = (text for text in texts if not for_evaluation(text, settings.val_fraction))
+    print(f"training a tokenizer of {int(size):,} tokens", flush=True)
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+# ---- From texts to tokens -------------------------------------------------------------------------------------------
+
+
+def documents(file, at_most=None):
+    """The texts of a file that have any text."""
+    for text in itertools.islice(file.texts(), at_most):
+        if not isinstance(text, str | None):
+            sys.exit(f"{file.name}: a text must be a string, not {type(text).__name__} {str(text)[:40]!r}.")
+        if text and not text.isspace():  # an empty document would only teach that texts end at once
+            yield text.encode("utf-8", "replace").decode()  # JSON can spell half a character: that becomes a ?
+
+
+def for_evaluation(text, val_fraction):
+    """Whether a document is kept from training: by its text alone, so that no choice of files, machine or order changes
+    it, and a document that comes twice stands on one side both times."""
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < val_fraction * 2**64
+
+
+def batches(texts, size=2_000_000):
+    """Lists of texts of about so many characters together, so that memory does not depend on how long texts are."""
+    batch, characters = [], 0
+    for text in texts:
+        batch.append(text)
+        characters += len(text)
+        if characters >= size:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def tokenize(tokenizer, batches):
+    """For each batch a list of (text, its tokens as uint16); the library spreads a batch over the cores."""
+    for texts in batches:
+        pieces = [list(cut(text)) for text in texts]
+        encodings = iter(tokenizer.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
+        tokens = [np.concatenate([np.array(next(encodings).ids, np.uint16) for _ in ps]) for ps in pieces]
+        yield list(zip(texts, tokens, strict=True))
+
+
+def cut(text, size=500_000):
+    """A huge text in pieces: between two words, where the tokenizer separates them too, so the tokens are the same."""
+    start = 0
+    while len(text) - start > size:
+        space = re.compile(r"(?<=[a-z]) (?=[a-z])").search(text, start + size)
+        end = space.start() if space else len(text)
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def ahead(iterable, by=2):
+    """The same items, made in a thread while the caller is busy with earlier ones."""
+    items, done = queue.Queue(by), object()
+
+    def work():
+        try:
+            for item in iterable:
+                items.put((item, None))
+            items.put((done, None))
+        except BaseException as error:  # also the sentence of a sys.exit
+            items.put((done, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = items.get()
+        if error:
+            raise error
+        if item is done:
+            return
+        yield item
+
+
+# ---- Shards ---------------------------------------------------------------------------------------------------------
+
+
+def write_whole(path, content):
+    """Write a file so that it is there whole or not at all."""
+    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
+    with open(temporary, "xb") as file:
+        file.write(content)
+    os.replace(temporary, path)
+
+
+def write_shard(index, file, tokenizer, record, settings):
+    """Tokenize one file into the bins of a shard, and then say in its json what it is."""
+    folder = Path(settings.data_dir)
+    for leftover in folder.glob(f"*-{index:05d}.bin.*.tmp"):
+        leftover.unlink()
+    temporary = {name: folder / f"{name}-{index:05d}.bin.{secrets.token_hex(4)}.tmp" for name in ("train", "val")}
+    counts = {name: dict(documents=0, tokens=0, bytes=0) for name in temporary}
+    hashes = {name: hashlib.sha256() for name in temporary}
+    end_of_text = np.array([tokenizer.token_to_id(END_OF_TEXT)], np.uint16)
+    start = time.monotonic()
+    bar = tqdm(desc=f"shard {index:05d}", unit=" documents", disable=None)  # silent when nobody watches a terminal
+    try:
+        with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
+            texts = documents(file, settings.max_documents)
+            for batch in ahead(tokenize(tokenizer, ahead(batches(texts)))):
+                parts = {"train": [], "val": []}
+                for text, tokens in batch:
+                    name = "val" if for_evaluation(text, settings.val_fraction) else "train"
+                    parts[name] += (tokens, end_of_text)
+                    counts[name]["documents"] += 1
+                    counts[name]["tokens"] += len(tokens) + 1
+                    counts[name]["bytes"] += len(text.encode())
+                for name, bin in (("train", train), ("val", val)):
+                    content = b"".join(part.astype("<u2").tobytes() for part in parts[name])
+                    bin.write(content)
+                    hashes[name].update(content)
+                bar.update(len(batch))
+                total = counts["train"]["tokens"] + counts["val"]["tokens"]
+                bar.set_postfix_str(f"{total:,} tokens, {total / (time.monotonic() - start):,.0f} tokens/s")
+        if not counts["train"]["tokens"]:
+            sys.exit(f"{file.name} has no text to train on.")
+        for name in temporary:
+            os.replace(temporary[name], folder / f"{name}-{index:05d}.bin")
+            counts[name]["sha256"] = hashes[name].hexdigest()
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+    write_whole(folder / f"shard-{index:05d}.json", (json.dumps(record | counts, indent=2) + "\n").encode())
+    for name, count in counts.items():
+        print(f"shard {index:05d} {name}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
+
+
+def chosen(shards, number_of_files):
+    """The numbers in a choice such as 0-3,7."""
+    numbers = set()
+    for part in shards.split(","):
+        if not (match := re.fullmatch(r"(\d{1,5})(?:-(\d{1,5}))?", part.strip())):
+            sys.exit(f"--shards={shards}: write numbers and ranges, as 0 or 0-3 or 0,7.")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if not first <= last < number_of_files:
+            sys.exit(f"--shards={shards}: the source has files 0 to {number_of_files - 1}.")
+        numbers.update(range(first, last + 1))
+    return sorted(numbers)
+
+
+def main(settings):
+    os.environ |= {"RAYON_NUM_THREADS": str(settings.num_proc), "TOKENIZERS_PARALLELISM": "true"}
+    if not 0 <= settings.val_fraction < 1:
+        sys.exit(f"--val_fraction={settings.val_fraction} must be at least 0 and below 1.")
+    files, default = list_files(settings)
+    shards = chosen(settings.shards or default, len(files))
+    os.makedirs(settings.data_dir, exist_ok=True)
+    tokenizer, tokenizer_sha256 = get_tokenizer(settings, [files[index] for index in shards])
+    for index in shards:
+        record = {
+            "source": settings.source,
+            "file": files[index].name,
+            "revision": files[index].revision,
+            "max_documents": settings.max_documents,
+            "val_fraction": settings.val_fraction,
+            "tokenizer": settings.tokenizer,
+            "tokenizer_sha256": tokenizer_sha256,
+            "vocab_size": tokenizer.get_vocab_size(),
+        }
+        path = Path(settings.data_dir) / f"shard-{index:05d}.json"
+        if not path.exists():
+            write_shard(index, files[index], tokenizer, record, settings)
+            continue
+        made = json.loads(path.read_bytes())
+        for name in record.keys() - {"tokenizer"}:  # its sha256 says more than its name
+            if made.get(name) != record[name]:
+                sys.exit(f"{path} was made with {name} = {made.get(name)}, and now it is {record[name]}; take another "
+                         "--data_dir, or remove that file to make the shard again.")  # fmt: skip
+        print(f"shard {index:05d} is there already", flush=True)
+
+
+if __name__ == "__main__":
+    main(load_settings("prepare", Settings))
