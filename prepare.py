@@ -272,7 +272,7 @@ def documents(file, at_most=None):
     """The texts of a file that have any text."""
     for text in itertools.islice(file.texts(), at_most):
         if not isinstance(text, str | None):
-            sys.exit(f"{file.name}: a text must be a string, not {type(text).__name__} {str(text)[:40]!r}.")
+            sys.exit(f"{file.name}: a text must be a string, not the {type(text).__name__} {str(text)[:40]}.")
         if text and not text.isspace():  # an empty document would only teach that texts end at once
             yield text.encode("utf-8", "replace").decode()  # JSON can spell half a character: that becomes a ?
 
@@ -306,14 +306,15 @@ def tokenize(tokenizer, batches):
         yield list(zip(texts, tokens, strict=True))
 
 
+WORD_BREAK = re.compile("(?<=[a-z]) (?=[a-z])")
+
+
 def cut(text, size=500_000):
     """A huge text in pieces: between two words, where the tokenizer separates them too, so the tokens are the same."""
     start = 0
-    while len(text) - start > size:
-        space = re.compile(r"(?<=[a-z]) (?=[a-z])").search(text, start + size)
-        end = space.start() if space else len(text)
-        yield text[start:end]
-        start = end
+    while space := WORD_BREAK.search(text, start + size):
+        yield text[start : space.start()]
+        start = space.start()
     yield text[start:]
 
 

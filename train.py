@@ -141,7 +141,7 @@ def to_device(windows, device, vocab_size):
     if device.type == "cuda":  # from pinned memory the copy goes on while the device computes
         tokens = tokens.pin_memory().to(device, non_blocking=True)
     tokens = tokens.to(device)
-    return tokens[:, :-1], tokens[:, 1:]
+    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------

@@ -1,38 +1,41 @@
-"""A SmolLM2 that two CPU cores train in three minutes, on the documentation that Python brings along."""
+"""A SmolLM2 that two CPU cores train in three minutes, on the documentation that Python brings along.
+
+Its proportions are the family's: heads of 64, three query heads to a key/value head, an MLP of 8/3 of the width. Its
+optimizer is not: in so few steps Muon learns about twice as fast as AdamW.
+"""
 
 data_dir = "data/python-docs"
 out_dir = "out/tiny"
+prompt = "Return the"
 
 prepare = dict(data_dir=data_dir, source="python-docs", tokenizer="train:4096", val_fraction=0.05)
-
-model = dict(
-    hidden_size=192,
-    intermediate_size=512,
-    num_hidden_layers=6,
-    num_attention_heads=6,
-    num_key_value_heads=2,
-    max_position_embeddings=1024,
-    rope_theta=10_000,
-)
 
 train = dict(
     data_dir=data_dir,
     out_dir=out_dir,
     seq_len=256,
-    micro_batch=16,
-    batch_tokens=4096,
-    max_steps=1000,
+    micro_batch=8,
+    batch_tokens=2048,
+    max_steps=500,
     optimizer="muon",
     learning_rate=0.01,
-    warmup_steps=50,
-    decay_steps=400,
-    log_interval=50,
-    eval_interval=250,
+    warmup_steps=20,
+    decay_steps=250,
+    log_interval=20,
+    eval_interval=100,
     eval_tokens=65_536,
-    save_interval=500,
-    sample_interval=250,
-    sample_prompt="Return the",
-    model=model,
+    save_interval=250,
+    sample_interval=100,
+    sample_prompt=prompt,
+    model=dict(
+        hidden_size=192,
+        intermediate_size=512,
+        num_hidden_layers=6,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        rope_theta=10_000,
+    ),
 )
 
-sample = dict(model=out_dir, prompt="Return the", max_new_tokens=200)
+sample = dict(model=out_dir, prompt=prompt, max_new_tokens=200)

@@ -1,0 +1,83 @@
+"""Settings: defaults, then the file, then the command line; and one sentence for what does not fit."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, refused
+
+import prepare
+import sample
+import train
+from config import load_settings
+from model import count_parameters
+
+CONFIGS = sorted(path.name for path in (ROOT / "config").glob("[a-z]*.py"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text("width = 64\ntrain = dict(max_steps=7, compile=False, model=dict(hidden_size=width))\n")
+    return str(path)
+
+
+def test_precedence(file):
+    settings = load_settings("train", train.Settings, [file, "--max_steps=9", "--model.num_hidden_layers=2"])
+    assert settings.seq_len == 2048  # default
+    assert settings.compile is False  # file
+    assert settings.model.hidden_size == 64
+    assert settings.max_steps == 9  # command line over file
+    assert settings.model.num_hidden_layers == 2
+
+
+def test_no_argument_is_the_mission():
+    assert load_settings("train", train.Settings, []) == train.Settings()
+    assert train.Settings().batch_tokens == 1_048_576
+    assert prepare.Settings().source == "HuggingFaceTB/smollm-corpus/cosmopedia-v2"
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("script", [prepare, train, sample])
+def test_every_configuration_fits_every_script(name, script):
+    settings = load_settings(script.__name__, script.Settings, [str(ROOT / "config" / name)])
+    if script is train:
+        train.check_settings(settings, world_size=1)
+
+
+def test_configurations_have_the_published_shapes_and_recipes():
+    count = {"smollm2": 134_515_008, "smollm2_360m": 361_821_120, "smollm2_1_7b": 1_711_376_384}
+    for name, parameters in count.items():
+        settings = load_settings("train", train.Settings, [f"{ROOT}/config/{name}.py"])
+        config = dataclasses.replace(settings.model, vocab_size=49152)
+        config.check()
+        assert count_parameters(config) == parameters
+        assert (config.rope_theta, settings.seq_len) == (10_000, 2048)
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [("--learning_rte=1", "--learning_rate"), ("--model.hidden=3", "--model.hidden_size"), ("--max_steps=many", "many"),
+     ("--compile=perhaps", "perhaps"), ("--optimizer=sgd", "sgd"), ("max_steps=3", "max_steps=3"),
+     ("config/tinny.py", "config/tinny.py")],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(argument, answer):
+    sentence = refused("train.py", argument)
+    assert answer in sentence and len(sentence.strip()) < 900
+
+
+def test_wrong_name_in_a_file(tmp_path):
+    (tmp_path / "bad.py").write_text("train = dict(learning_rat=1e-3)")
+    assert "--learning_rate" in refused("train.py", tmp_path / "bad.py")
+    (tmp_path / "broken.py").write_text("train = dict(")
+    assert "SyntaxError" in refused("train.py", tmp_path / "broken.py")
+
+
+@pytest.mark.parametrize("script", [prepare, train, sample])
+def test_help_lists_every_setting_with_its_comment(script):
+    done = subprocess.run([sys.executable, f"{script.__name__}.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    for field in dataclasses.fields(script.Settings):
+        assert f"--{field.name}" in done.stdout
+    assert "(default:" in done.stdout

@@ -1,0 +1,331 @@
+"""The loop: it learns what can be learned and nothing else, and stopping, splitting and resuming change nothing."""
+
+import json
+import math
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SMALL, command, environment, metrics, refused, run
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import train
+from model import SmolLM2
+
+
+def trainer(data, out, *args, **options):
+    return run("train.py", *SMALL, f"--data_dir={data}", f"--out_dir={out}", *args, **options)
+
+
+def values(out, name):
+    """One metric by step."""
+    return {line["step"]: line[name] for line in metrics(out) if line.get(name) is not None}
+
+
+def weights(out, step):
+    return (Path(out) / f"checkpoint-{step:06d}" / "model.safetensors").read_bytes()
+
+
+def write_shard(folder, index, train, val, vocab_size, tokenizer, **changes):
+    """A shard of given tokens, as prepare.py would leave it."""
+    record = {"tokenizer_sha256": "0", "vocab_size": vocab_size}
+    for split, tokens in (("train", train), ("val", val)):
+        np.asarray(tokens, "<u2").tofile(folder / f"{split}-{index:05d}.bin")
+        record[split] = {"documents": 1, "tokens": len(tokens), "bytes": 3 * len(tokens), "sha256": str(index)}
+    (folder / f"shard-{index:05d}.json").write_text(json.dumps(record | changes))
+    (folder / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+
+
+# ---- Learning
+
+
+def test_it_learns_language_and_says_so(trained):
+    losses, evaluations = values(trained, "loss"), values(trained, "val_loss")
+    assert losses[1] == pytest.approx(math.log(300), rel=0.03)
+    assert evaluations[0] == pytest.approx(math.log(300), rel=0.02)
+    assert losses[40] < 2.5
+    assert evaluations[40] < evaluations[20] < evaluations[0]
+
+
+def test_metrics_have_every_name(trained, data):
+    last = metrics(trained)[-1]
+    shard = json.loads((data / "shard-00000.json").read_text())
+    assert [line["step"] for line in metrics(trained)] == list(range(41))
+    assert last["tokens"] == 40 * 256
+    windows = shard["train"]["tokens"] // 32 - 1
+    assert last["epoch"] == pytest.approx(40 * 8 / windows)
+    assert last["unique_tokens"] == min(last["tokens"], windows * 32)
+    assert last["mfu"] is None and last["tokens_per_second"] > 0
+    assert last["learning_rate"] == 0.01 and last["grad_norm"] > 0
+    tokens_per_byte = shard["val"]["tokens"] / shard["val"]["bytes"]
+    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2) * tokens_per_byte)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_it_learns_a_pattern_to_the_end(optimizer, tmp_path, data):
+    pattern = np.tile(np.arange(20, 60), 200)
+    write_shard(tmp_path, 0, pattern, pattern[:400], 64, data / "tokenizer.json")
+    trainer(tmp_path, tmp_path / "out", "--max_steps=60", f"--optimizer={optimizer}", "--decay_steps=30")
+    assert values(tmp_path / "out", "val_loss")[60] < 0.1
+
+
+def test_on_noise_it_does_not_get_below_the_entropy(tmp_path, data):
+    """Whoever sees the targets does: inputs and targets that are not shifted, or attention that is not causal."""
+    noise = np.random.default_rng(0).integers(0, 64, 21_000)
+    write_shard(tmp_path, 0, noise[:20_000], noise[20_000:], 64, data / "tokenizer.json")
+    trainer(tmp_path, tmp_path / "out", "--max_steps=100")
+    assert values(tmp_path / "out", "val_loss")[100] > math.log(64) - 0.01
+    assert values(tmp_path / "out", "loss")[100] == pytest.approx(math.log(64), rel=0.03)
+
+
+# ---- Batches
+
+
+def windows_of_an_epoch(bins, seq_len, epoch, seed=0):
+    windows = train.Windows(bins, seq_len, seed)
+    return [windows[epoch * windows.total + i] for i in range(windows.total)]
+
+
+def test_an_epoch_visits_every_window_once():
+    bins = [np.arange(1000, 1100), np.arange(2000, 2035), np.arange(3000, 3011), np.arange(5)]
+    for epoch in range(5):
+        windows = windows_of_an_epoch(bins, 10, epoch)
+        assert all(len(window) == 11 and (np.diff(window) == 1).all() for window in windows)  # none across two bins
+        predicted = np.concatenate([window[1:] for window in windows])
+        assert len(predicted) == len(set(predicted)) == 10 * (9 + 2 + 1)
+
+
+def test_epochs_differ_in_order_and_offset_and_seeds_too():
+    bins = [np.arange(2000)]
+    epochs = [[window[0] for window in windows_of_an_epoch(bins, 10, epoch)] for epoch in range(4)]
+    assert len({start % 10 for starts in epochs for start in starts}) > 1
+    assert all(len({start % 10 for start in starts}) == 1 for starts in epochs)
+    assert epochs[0] != sorted(epochs[0])
+    assert epochs[0] != [window[0] for window in windows_of_an_epoch(bins, 10, 0, seed=1)]
+
+
+def test_windows_do_not_depend_on_who_asks():
+    bins = [np.arange(500), np.arange(300)]
+    asked = train.Windows(bins, 10, 3)
+    forwards = [asked[i].tolist() for i in range(200)]
+    assert [train.Windows(bins, 10, 3)[i].tolist() for i in range(199, -1, -1)] == forwards[::-1]
+
+
+def test_validation_windows_are_spread_and_fixed():
+    bins = [np.arange(1000), np.arange(5000, 5500)]
+    windows = train.validation_windows(bins, 10, 200)
+    assert len(windows) == 20 and windows[0][0] == 0 and windows[-1][-1] >= 5480
+    assert len(train.validation_windows(bins, 10, 10**9)) == 99 + 49
+
+
+def test_micro_batches_and_processes_give_the_losses_of_one(tmp_path, data):
+    runs = {"one": [], "accumulated": ["--micro_batch=2"], "two processes": ["--micro_batch=2"]}
+    for name, args in runs.items():
+        trainer(data, tmp_path / name, "--max_steps=8", "--eval_interval=4", *args, nproc=2 * (name == "two processes"))
+    for name in ("accumulated", "two processes"):
+        for metric in ("loss", "val_loss", "grad_norm"):
+            assert values(tmp_path / name, metric) == pytest.approx(values(tmp_path / "one", metric), rel=2e-4)
+
+
+# ---- Schedule and optimizer
+
+
+def test_schedule():
+    settings = train.Settings(max_steps=100, warmup_steps=10, decay_steps=20, learning_rate=1.0)
+    rates = [train.learning_rate(step, settings) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * n for n in range(1, 11)])
+    assert rates[10:81] == [1.0] * 71
+    assert rates[80:] == pytest.approx([0.05 * n for n in range(20, 0, -1)])
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer):
+    settings = train.Settings(optimizer=optimizer, weight_decay=0.5)
+    model = SmolLM2(train.SmolLM2Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                        num_key_value_heads=1))  # fmt: skip
+    groups = [group for one in train.make_optimizers(model, settings) for group in one.param_groups]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in parameters} == {id(p) for p in model.parameters()} and len(parameters) == 2 * 9 + 2
+    assert all(p.dim() == (2 if group["weight_decay"] else 1) for group in groups for p in group["params"])
+
+
+# ---- Stopping and going on
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data, tmp_path_factory):
+    """A run over more than one epoch, with accumulation."""
+    out = tmp_path_factory.mktemp("undisturbed")
+    trainer(data, out, "--max_steps=120", "--micro_batch=2")
+    assert metrics(out)[-1]["epoch"] > 1
+    return out
+
+
+def assert_same_run(out, undisturbed, step=120):
+    speed = {"tokens_per_second", "mfu"}
+    ours, theirs = [
+        [{k: v for k, v in line.items() if k not in speed} for line in metrics(o)] for o in (out, undisturbed)
+    ]
+    assert ours == theirs
+    assert weights(out, step) == weights(undisturbed, step)
+
+
+def test_resumed_is_bitwise_the_undisturbed_run(tmp_path, data, undisturbed):
+    for steps in (13, 14, 120):
+        trainer(data, tmp_path, "--micro_batch=2", f"--max_steps={steps}", "--resume=True")
+    metrics_file = tmp_path / "metrics.jsonl"  # evaluations at the ends of the parts are the only difference
+    lines = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+    lines = [
+        {k: v for k, v in line.items() if line["step"] not in (13, 14) or not k.startswith("val")} for line in lines
+    ]
+    metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert_same_run(tmp_path, undisturbed)
+
+
+@pytest.mark.parametrize("nproc", [0, 2])
+def test_sigterm_saves_and_leaves_and_the_run_goes_on(nproc, tmp_path, data, undisturbed):
+    args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}", "--max_steps=100000", "--micro_batch=2"]
+    process = subprocess.Popen(command("train.py", *args, nproc=nproc), cwd=ROOT, env=environment(),
+                               stdout=subprocess.PIPE, text=True)  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("step 5/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    if not nproc:  # torchrun itself leaves with an error when it is asked to stop
+        assert process.returncode == 0
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    step = int(checkpoint.name[11:])
+    assert 5 <= step < 120, "it did not stop soon"
+    assert metrics(tmp_path)[-1]["step"] == step
+    trainer(data, tmp_path, "--micro_batch=2", "--max_steps=120", "--resume=True")
+    if not nproc:
+        assert_same_run(tmp_path, undisturbed)
+
+
+def test_a_run_is_not_overwritten(trained, data):
+    before = weights(trained, 40)
+    assert "--resume=True" in refused("train.py", *SMALL, f"--data_dir={data}", f"--out_dir={trained}")
+    assert weights(trained, 40) == before
+
+
+def test_a_finished_run_can_be_prolonged(tmp_path, data):
+    trainer(data, tmp_path, "--max_steps=3", "--resume=True")
+    trainer(data, tmp_path, "--max_steps=3", "--resume=True")
+    assert max(values(tmp_path, "loss")) == 3
+    trainer(data, tmp_path, "--max_steps=5", "--resume=True", "--learning_rate=0.001")
+    assert values(tmp_path, "learning_rate")[5] == 0.001
+
+
+@pytest.mark.parametrize("argument", ["--seed=1", "--seq_len=16", "--batch_tokens=512", "--optimizer=muon",
+                                      "--model.hidden_size=64"])  # fmt: skip
+def test_a_resumed_run_keeps_what_orders_its_data(argument, trained, data):
+    name = argument[2:].split("=")[0].split(".")[0]
+    sentence = refused("train.py", *SMALL, f"--data_dir={data}", f"--out_dir={trained}", "--resume=True", argument)
+    assert f"with {name} =" in sentence
+
+
+def test_init_from_a_checkpoint(trained, data, tmp_path):
+    trainer(data, tmp_path, f"--init_from={trained / 'checkpoint-000040'}", "--max_steps=1")
+    assert values(tmp_path, "val_loss")[0] == values(trained, "val_loss")[40]
+    assert "no/where" in refused(
+        "train.py", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'x'}", "--init_from=no/where"
+    )
+
+
+# ---- Checkpoints
+
+
+def test_a_checkpoint_is_a_hugging_face_folder(trained, tmp_path):
+    folder = trained / "checkpoint-000040"
+    names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in folder.iterdir()} == names | {"trainer_state.pt"}
+    assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
+    tokenizer, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = tokenizer("7: A cat sees a mouse.", return_tensors="pt").input_ids
+    assert tokenizer.decode(ids[0]) == "7: A cat sees a mouse."
+    assert tokenizer.eos_token_id == 0
+    ours = SmolLM2.from_pretrained(folder)
+    assert torch.allclose(ours(ids), theirs(ids).logits, atol=1e-4)
+    greedy = torch.stack(list(ours.generate(ids, 20, temperature=0, eos_token_id=None)), 1)
+    assert (
+        theirs.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)[0, ids.size(1) :].tolist()
+        == greedy[0].tolist()
+    )
+
+
+def test_the_newest_checkpoints_stay(tmp_path, data):
+    (tmp_path / "checkpoint-000099.tmp").mkdir()
+    trainer(data, tmp_path, "--max_steps=5", "--save_interval=1", "--keep_checkpoints=2")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "checkpoint-000004",
+        "checkpoint-000005",
+        "metrics.jsonl",
+    ]
+
+
+# ---- Variants
+
+
+def test_compiled_in_bfloat16_with_samples(tmp_path, data):
+    printed = trainer(data, tmp_path, "--max_steps=6", "--compile=True", "--dtype=bfloat16", "--sample_interval=3",
+                      "--sample_prompt=1: A cat", "--eval_tokens=320")  # fmt: skip
+    assert printed.count("1: A cat") == 2
+    trainer(data, tmp_path / "plain", "--max_steps=6", "--eval_tokens=320")
+    assert values(tmp_path, "loss") == pytest.approx(values(tmp_path / "plain", "loss"), rel=0.02)
+    assert values(tmp_path, "val_loss") == pytest.approx(values(tmp_path / "plain", "val_loss"), rel=0.02)
+
+
+def test_a_step_without_numbers_is_skipped_and_the_run_stops(tmp_path, data):
+    model = SmolLM2(train.SmolLM2Config(vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
+                                        num_hidden_layers=1, intermediate_size=32, max_position_embeddings=64))  # fmt: skip
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.inf
+    model.save_pretrained(tmp_path / "broken")
+    arguments = (*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", f"--init_from={tmp_path / 'broken'}")
+    sentence = refused("train.py", *arguments, "--max_bad_steps=3")
+    assert "3 steps in a row" in sentence
+
+
+# ---- What is refused
+
+
+@pytest.mark.parametrize(
+    ("argument", "answer"),
+    [("--batch_tokens=1000", "multiple"), ("--micro_batch=3", "multiple"), ("--seq_len=256 --micro_batch=1", "128 positions"),
+     ("--seq_len=0", "--seq_len=0"), ("--data_dir=/nowhere", "prepare.py"), ("--model.vocab_size=200", "200 tokens"),
+     ("--model.num_key_value_heads=3", "num_key_value_heads"), ("--device=abacus", "abacus")],
+)  # fmt: skip
+def test_bad_settings(argument, answer, tmp_path, data):
+    args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", *argument.split()]
+    assert answer in refused("train.py", *args)
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_a_larger_vocabulary_is_allowed(tmp_path, data):
+    trainer(data, tmp_path, "--model.vocab_size=512", "--max_steps=1")
+    assert values(tmp_path, "val_loss")[0] == pytest.approx(math.log(512), rel=0.02)
+
+
+def test_damaged_data(tmp_path, data):
+    def refuse(folder):
+        return refused("train.py", *SMALL, f"--data_dir={folder}", f"--out_dir={tmp_path / 'out'}")
+
+    def shards(name, *tokens, **changes):
+        (tmp_path / name).mkdir()
+        for index, train_tokens in enumerate(tokens):
+            write_shard(tmp_path / name, index, train_tokens, [1] * 100, 300, data / "tokenizer.json")
+        return tmp_path / name
+
+    cut = shards("cut", [1] * 1000)
+    (cut / "train-00000.bin").write_bytes(b"\1\0" * 999)
+    assert "1998 bytes" in refuse(cut)
+    assert "vocabulary" in refuse(shards("outside", [1, 2, 3000] * 400))
+    assert "seq_len = 32" in refuse(shards("short", [1] * 32))
+    mixed = shards("mixed", [1] * 1000, [1] * 1000)
+    write_shard(mixed, 1, [1] * 1000, [1] * 100, 300, data / "tokenizer.json", tokenizer_sha256="1")
+    assert "different tokenizers" in refuse(mixed)
