@@ -480,7 +480,7 @@ def main(settings):
         # Log, evaluate, sample, save.
         finished = step == settings.max_steps
         evaluation = evaluate() if (finished or step % settings.eval_interval == 0) and not stopping else {}
-        if evaluation or finished or stopping or step % settings.log_interval == 0:
+        if evaluation or finished or stopping or step % settings.log_interval == 0 or step == first_step + 1:
             log(evaluation, loss, rate, grad_norm)
             timed, seconds = 0, 0.0
         if rank == 0 and settings.sample_interval and step % settings.sample_interval == 0 and not stopping:
