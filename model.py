@@ -32,18 +32,15 @@ and why others came to different ones; `python model.py 1.7b` prints it for anot
 """
 
 import dataclasses
-import json
 import math
-import os
-import re
 import sys
 from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+
+from checkpoint import find_checkpoint, read_config, read_weights, write_model
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 
@@ -79,6 +76,22 @@ class SmolLM2Config:
     def smollm2_1_7b(cls):
         return cls(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
                    num_key_value_heads=32, rope_theta=130_000.0, initializer_range=0.02)  # fmt: skip
+
+    @classmethod
+    def from_pretrained(cls, folder):
+        """What a checkpoint's config.json says; raises ValueError, naming the field, if it is not this architecture."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = read_config(folder, names | {"head_dim"})
+        if missing := names - values.keys() - {"initializer_range", "bos_token_id", "eos_token_id"}:
+            raise ValueError(f"{folder}/config.json lacks {min(missing)}")
+        head_dim = values.pop("head_dim", None)
+        config = cls(**values)
+        config.check()
+        if head_dim not in (None, config.head_dim):
+            raise ValueError(
+                f"{folder}/config.json: head_dim must be hidden_size / num_attention_heads, not {head_dim!r}"
+            )
+        return config
 
     @property
     def head_dim(self):
@@ -156,13 +169,14 @@ class RMSNorm(nn.Module):
 # turns once in 2 pi = 6.3 tokens, the last once in 438,000:
 #
 #     pair j              0       8       16       24        31
-#     turns once in     6.3     112    1,987   35,333   438,455 tokens
+#     turns once in     6.3     112    1,987   35,333   438,460 tokens
 #
 # Which channels make a pair is a convention, and the commonest mistake in writing this model. The paper pairs
 # neighbours, (0, 1), (2, 3), ... ("interleaved"); the checkpoints of this family pair channel j with channel j + D/2
 # ("half-split"). Both are right for weights trained that way, and each turns the other's weights into noise.
 #
-# Parameters: none. (A learned position table instead, of 1024 x 576, is where one write-up's count is 589,824 too high.)
+# Parameters: none. (A learned position table instead, of 1024 x 576, is where one write-up's count is 589,824 too
+# high.)
 
 
 def rotary_tables(positions, config):
@@ -257,7 +271,8 @@ class Attention(nn.Module):
 # smooth switch silu(x) = x sigmoid(x) how much of each passes, down brings the result back to the residual stream.
 # A classic MLP is 4 C wide. With three matrices, 8/3 C costs the same: 8/3 x 576 = 1536.
 #
-# Parameters of a layer: 3 x C x F = 3 x 576 x 1536 = 2,654,208. (With two matrices: 1,769,472, another common miscount.)
+# Parameters of a layer: 3 x C x F = 3 x 576 x 1536 = 2,654,208. (With two matrices: 1,769,472, another common
+# miscount.)
 
 
 class MLP(nn.Module):
@@ -377,9 +392,9 @@ class SmolLM2(nn.Module):
             x = layer(x, cos, sin, mask, caches[i] if caches else None)
         return self.model.norm(x)
 
-    # The loss is the mean of -ln p(next token). Whoever guesses among V tokens pays ln V: ln 49,152 = 10.80 is where the
-    # first step must stand, and a first loss that is far from it is the earliest sign of a bug. The scores for it are the
-    # largest tensor of the whole training step: 49,152 for each token, 85 times as wide as the residual stream.
+    # The loss is the mean of -ln p(next token). Whoever guesses among V tokens pays ln V: ln 49,152 = 10.80 is where
+    # the first step must stand, and a first loss that is far from it is the earliest sign of a bug. The scores for it
+    # are the largest tensor of the whole training step: 49,152 for each token, 85 times as wide as the residual stream.
 
     def loss(self, hidden, targets):
         logits = self.lm_head(hidden).float()  # (B, T, V); exponentials are summed over V, so in float32
@@ -423,8 +438,8 @@ class SmolLM2(nn.Module):
 
     # ---- Loading and saving -----------------------------------------------------------------------------------------
     #
-    # A checkpoint is a folder as the Hugging Face hub has them: config.json, and the tensors in model.safetensors, or in
-    # several such files with an index. Since the parameters have their published names, there is nothing to convert.
+    # A checkpoint is a folder as the Hugging Face hub has them. Since parameters and settings have their published
+    # names, there is nothing to convert: checkpoint.py only reads, writes, and refuses what is something else.
 
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32, device="cpu"):
@@ -433,42 +448,21 @@ class SmolLM2(nn.Module):
         Raises ValueError, naming the field or the tensor, for anything that is not a whole model of this architecture.
         """
         folder = find_checkpoint(name)
-        config = read_config(folder)
+        config = SmolLM2Config.from_pretrained(folder)
         with torch.device("meta"):  # shapes without memory: the tensors come from the file
             model = cls(config)
-        tensors = {key: tensor.to(device, dtype) for key, tensor in read_tensors(folder)}
-        expected = {key: parameter.shape for key, parameter in model.state_dict().items()}
-        if config.tie_word_embeddings:  # some writers store the tied matrix twice
-            tensors.pop("lm_head.weight", None)
-            expected.pop("lm_head.weight")
-        for key in sorted(expected.keys() | tensors.keys()):
-            if key not in tensors:
-                raise ValueError(f"{folder} has no tensor {key}, which config.json calls for")
-            if key not in expected:
-                raise ValueError(f"{folder} has a tensor {key} that this architecture does not know")
-            if tensors[key].shape != expected[key]:
-                found, wanted = tuple(tensors[key].shape), tuple(expected[key])
-                raise ValueError(f"{folder}: {key} has shape {found} where config.json calls for {wanted}")
-        model.load_state_dict(tensors, strict=False, assign=True)
-        if config.tie_word_embeddings:
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some writers store it all the same
+        model.load_state_dict(read_weights(folder, shapes, tied, dtype, device), strict=False, assign=True)
+        if tied:
             model.lm_head.weight = model.model.embed_tokens.weight
         return model
 
     def save_pretrained(self, folder):
         """Write config.json, generation_config.json and model.safetensors, in the type that the weights have."""
-        os.makedirs(folder, exist_ok=True)
-        config, tensors = self.config, self.state_dict()
-        if config.tie_word_embeddings:
-            del tensors["lm_head.weight"]
         dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        derived = dict(initializer_range=config.initial_std, head_dim=config.head_dim, torch_dtype=dtype)
-        write_json(f"{folder}/config.json", REQUIRED | dataclasses.asdict(config) | derived)
-        write_json(
-            f"{folder}/generation_config.json",
-            dict(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id),
-        )
-        tensors = {key: tensor.detach().contiguous() for key, tensor in tensors.items()}
-        save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})
+        derived = {"initializer_range": self.config.initial_std, "head_dim": self.config.head_dim, "torch_dtype": dtype}
+        write_model(folder, dataclasses.asdict(self.config) | derived, dict(self.named_parameters()))
 
 
 def choose(logits, temperature, top_k, top_p, generator=None):
@@ -490,117 +484,6 @@ def choose(logits, temperature, top_k, top_p, generator=None):
         superfluous = ranked.cumsum(-1) - ranked >= top_p  # those ranked higher suffice
         probabilities = probabilities.masked_fill(superfluous.scatter(-1, order, superfluous), 0)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
-
-
-# ---- The files of a checkpoint --------------------------------------------------------------------------------------
-
-# What config.json must say where it says anything: the same keys with other values are other architectures.
-REQUIRED = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "rope_interleaved": False,
-    "rope_scaling": None,
-}
-# What it may say, since the logits do not depend on it.
-IGNORED = {
-    "_name_or_path", "attention_dropout", "dtype", "is_llama_config", "pad_token_id", "pretraining_tp", "torch_dtype",
-    "transformers_version", "transformers.js_config", "use_cache",
-}  # fmt: skip
-
-
-def find_checkpoint(name):
-    """The folder that a model's name means: the folder itself, its newest checkpoint-NNNNNN, or a download of a hub id."""
-    if os.path.isdir(name):
-        return newest_checkpoint(name) or name
-    if len(name.split("/")) != 2 or name.startswith((".", "/", "~")):
-        raise ValueError(f"{name} is no folder")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-    except (OSError, ValueError) as error:  # what the hub's client raises; the first line says it
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{name} is no folder here, and from the hub it cannot be had: {reason}") from error
-
-
-def newest_checkpoint(out_dir):
-    """The last complete checkpoint of a run's folder, or None. A save that broke off does not have such a name."""
-    names = [name for name in os.listdir(out_dir) if re.fullmatch(r"checkpoint-\d{6,}", name)]
-    return os.path.join(out_dir, max(names, key=lambda name: int(name[11:]))) if names else None
-
-
-def read_config(folder):
-    """config.json as a SmolLM2Config; raises ValueError, naming the field, if it is not this architecture's."""
-    path = os.path.join(folder, "config.json")
-    values = read_json(path)
-    rope = values.pop("rope_parameters", None) or {}  # where newer versions of transformers keep rope_theta
-    if not isinstance(rope, dict) or rope.pop("rope_type", "default") != "default":
-        raise ValueError(f"{path}: rope_parameters of a type other than default are not implemented here")
-    values |= rope
-    head_dim = values.pop("head_dim", None)
-    names = {field.name for field in dataclasses.fields(SmolLM2Config)}
-    for key, value in values.items():
-        if key in REQUIRED and value != REQUIRED[key]:
-            raise ValueError(f"{path}: {key} must be {REQUIRED[key]!r}; {value!r} is not implemented here")
-        if key not in names | REQUIRED.keys() | IGNORED:
-            raise ValueError(f"{path}: {key} is unknown here; if the logits do not depend on it, remove it")
-    if missing := names - values.keys() - {"initializer_range", "bos_token_id", "eos_token_id"}:
-        raise ValueError(f"{path} lacks {min(missing)}")
-    config = SmolLM2Config(**{key: value for key, value in values.items() if key in names})
-    try:
-        config.check()
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    if head_dim not in (None, config.head_dim):
-        raise ValueError(
-            f"{path}: head_dim must be hidden_size / num_attention_heads, {config.head_dim}, not {head_dim!r}"
-        )
-    return config
-
-
-def read_tensors(folder):
-    """The names and tensors of a folder's safetensors files, one after the other. No pickle is ever read."""
-    index = os.path.join(folder, "model.safetensors.index.json")
-    files = ["model.safetensors"]
-    if os.path.exists(index):  # a large model comes in several files, and the index says which tensor is where
-        weight_map = read_json(index).get("weight_map")
-        files = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        if not files or not all(
-            isinstance(file, str) and re.fullmatch(r"[\w.-]+\.safetensors", file) for file in files
-        ):
-            raise ValueError(
-                f"{index} must have a weight_map that gives each tensor a .safetensors file of this folder"
-            )
-    for file in files:
-        path = os.path.join(folder, file)
-        if not os.path.exists(path):
-            raise ValueError(f"{path} is missing")
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                yield from ((key, tensors.get_tensor(key)) for key in tensors.keys())  # noqa: SIM118
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from error
-
-
-def read_json(path):
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold an object, not {type(values).__name__}")
-    return values
-
-
-def write_json(path, values):
-    with open(path, "w", encoding="utf-8") as file:
-        file.write(json.dumps(values, indent=2) + "\n")
 
 
 # ---- Counting -------------------------------------------------------------------------------------------------------
@@ -640,10 +523,9 @@ def count_parameters(config, **mistakes):
 def forward_flops(config, T):
     """Floating-point operations for one token of a text of length T: (those of the matrices, those of attention).
 
-    Each parameter of a matrix multiplies once and adds once (Kaplan et al. 2020, arXiv 2001.08361, section 2.1); looking
-    up an embedding is free, but the head costs its whole matrix. Attention takes a product of width C with each earlier
-    key, T / 2 of them on average, and one with each value: 2 x 2 x C x T / 2 in each layer.
-    """
+    Each parameter of a matrix multiplies once and adds once (Kaplan et al. 2020, arXiv 2001.08361, section 2.1);
+    looking up an embedding is free, but the head costs its whole matrix. Attention takes a product of width C with each
+    earlier key, T / 2 of them on average, and one with each value: 2 x 2 x C x T / 2 in each layer."""
     free = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return 2 * (count_parameters(config) - free), 2 * config.num_hidden_layers * config.hidden_size * T
 

@@ -14,8 +14,9 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from checkpoint import find_checkpoint
 from config import load_settings
-from model import SmolLM2, find_checkpoint
+from model import SmolLM2
 from train import choose_device
 
 
@@ -54,9 +55,8 @@ def load(settings):
 def stream(model, tokenizer, prompt, settings, generator):
     """Yield the continuation of a prompt in pieces of whole characters.
 
-    A character may be split over several tokens: the decoder holds its first bytes back until the last has come. Special
-    tokens are not shown.
-    """
+    A character may be split over several tokens: the decoder holds its first bytes back until the last has come.
+    Special tokens are not shown."""
     ids = tokenizer.encode(prompt).ids or [model.config.bos_token_id]
     decoder = DecodeStream(ids, skip_special_tokens=True)
     tokens = model.generate(

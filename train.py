@@ -4,10 +4,11 @@
     torchrun --nproc_per_node=8 train.py config/smollm2.py      eight: the same batches, the same losses, sooner
     python train.py config/smollm2.py --resume=True             go on after whatever happened
 
-Reads what prepare.py wrote; writes out_dir/metrics.jsonl, and checkpoints out_dir/checkpoint-NNNNNN/ that sample.py and
-every tool of the Hugging Face world can load.
+Reads what prepare.py wrote. Writes out_dir/metrics.jsonl, and checkpoints that sample.py and every tool of the Hugging
+Face world can load, out_dir/checkpoint-NNNNNN/.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -21,15 +22,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 
-from config import load_settings
-from model import SmolLM2, SmolLM2Config, newest_checkpoint, training_flops, write_json
+from bins import Windows, open_bins, to_device, validation_windows
+from checkpoint import load_state, newest_checkpoint, remove_old_checkpoints, save_checkpoint
+from config import flatten, load_settings
+from model import SmolLM2, SmolLM2Config, training_flops
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Settings:
     """Train SmolLM2 on the tokens of a data folder."""
 
     data_dir: str = "data/cosmopedia-v2"  # folder that prepare.py wrote
+    verify_data: bool = False  # read all of it first, and compare it with the sha256 that prepare.py noted
     out_dir: str = "out/smollm2"  # folder for metrics and checkpoints
     seq_len: int = 2048  # tokens of a training window
     micro_batch: int = 8  # windows on one device at once: what its memory holds
@@ -62,86 +64,10 @@ class Settings:
     save_interval: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
     max_bad_steps: int = 10  # stop after so many steps in a row whose loss or gradient is no number
+    timeout: int = 600  # seconds that devices wait for each other before they give up
     sample_interval: int = 100  # steps between samples of text
     sample_prompt: str = "Once upon a time"  # what the samples continue
     model: SmolLM2Config = field(default_factory=lambda: SmolLM2Config(vocab_size=0))  # vocab_size 0: as the data has
-
-
-# ---- Data -----------------------------------------------------------------------------------------------------------
-
-
-class Windows:
-    """The tokens of some bins as one sequence of training windows of seq_len + 1 tokens, none across two bins.
-
-    An epoch visits each window once, in an order drawn from (seed, epoch), and shifts the windows by a random offset, so
-    that texts are not cut at the same places each time. Window i of the endless sequence of epochs is a pure function of
-    (seed, i): whoever asks, on however many devices, after however many restarts, gets the same tokens.
-    """
-
-    def __init__(self, bins, seq_len, seed):
-        self.bins = [bin for bin in bins if len(bin) > seq_len]
-        self.counts = [max(1, len(bin) // seq_len - 1) for bin in self.bins]  # the rest leaves room for the offset
-        self.total, self.seq_len, self.seed, self.epoch = sum(self.counts), seq_len, seed, None
-
-    def __getitem__(self, i):  # -> (seq_len + 1,) int64
-        epoch, i = divmod(i, self.total)
-        if epoch != self.epoch:
-            rng = np.random.default_rng([self.seed, epoch])
-            self.epoch, self.order = epoch, rng.permutation(self.total)
-            self.offsets = [
-                int(rng.integers(min(self.seq_len, len(bin) - count * self.seq_len)))
-                for bin, count in zip(self.bins, self.counts, strict=True)
-            ]
-        i = int(self.order[i])
-        for bin, count, offset in zip(self.bins, self.counts, self.offsets, strict=True):
-            if i < count:
-                start = offset + i * self.seq_len
-                return bin[start : start + self.seq_len + 1].astype(np.int64)
-            i -= count
-
-
-def open_data(data_dir):
-    """The bins of a data folder by split and what its shards say of themselves; exits if they do not fit together."""
-    folder = Path(data_dir)
-    shards = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("shard-*.json"))}
-    if not shards:
-        sys.exit(f"{data_dir} holds no shard-NNNNN.json: run prepare.py with --data_dir={data_dir} first.")
-    if len({shard["tokenizer_sha256"] for shard in shards.values()}) > 1:
-        sys.exit(f"{data_dir}: its shards were made with different tokenizers; prepare them into different folders.")
-    bins = {"train": [], "val": []}
-    for name, shard in shards.items():
-        for split in bins:
-            path = folder / name.replace("shard", split).replace(".json", ".bin")
-            size = path.stat().st_size if path.exists() else 0
-            if size != 2 * shard[split]["tokens"]:
-                sys.exit(
-                    f"{path} has {size} bytes, but {name} says {shard[split]['tokens']} tokens of 2 bytes: the file "
-                    f"is damaged; remove {name} and prepare it again."
-                )
-            if size:
-                bins[split].append(np.memmap(path, "<u2", "r"))
-    return bins, list(shards.values())
-
-
-def validation_windows(bins, seq_len, tokens):
-    """About so many validation tokens as windows (N, seq_len + 1) int64, evenly spread over the bins."""
-    starts = [(bin, start) for bin in bins for start in range(0, len(bin) - seq_len, seq_len)]
-    picked = np.linspace(0, len(starts) - 1, min(len(starts), max(1, tokens // seq_len))).astype(int)
-    return [starts[i][0][starts[i][1] : starts[i][1] + seq_len + 1].astype(np.int64) for i in picked]
-
-
-def to_device(windows, device, vocab_size):
-    """Windows of seq_len + 1 tokens as inputs and targets (b, seq_len): the target is the token that comes next."""
-    tokens = np.stack(windows)
-    if tokens.max() >= vocab_size:
-        sys.exit(
-            f"the data has a token {tokens.max()}, but the model's vocabulary ends at {vocab_size - 1}: a bin is damaged."
-        )
-    tokens = torch.from_numpy(tokens)
-    if device.type == "cuda":  # from pinned memory the copy goes on while the device computes
-        tokens = tokens.pin_memory().to(device, non_blocking=True)
-    tokens = tokens.to(device)
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
@@ -154,6 +80,7 @@ PEAK_FLOPS = {
 
 
 def choose_device(name, local_rank=0):
+    """The device of a name, or for auto the best there is; exits with one sentence if it cannot be used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -165,14 +92,19 @@ def choose_device(name, local_rank=0):
 
 
 def choose_dtype(name, device):
-    """bfloat16 where the hardware multiplies it, float16 on older GPUs, float32 elsewhere."""
+    """The type of a name, or for auto bfloat16 where the hardware multiplies it, float16 on older GPUs, else
+    float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    if device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.bfloat16
-    return torch.float32
+    fast_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device.type == "cpu" and fast_on_cpu else torch.float32
+
+
+def can_compile(device):
+    """Whether torch.compile has the compiler that it needs: on a CPU one for C++, which not every machine has."""
+    return device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl")))
 
 
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
@@ -186,8 +118,8 @@ def make_optimizers(model, settings):
 
     Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) sees a matrix as a matrix: of the momentum U S V^T it
     keeps U V^T, by a few products in place of a singular value decomposition, so that every direction is learned at one
-    speed and not only those in which the gradient is large. Scaled by 0.2 sqrt(max(rows, columns)), its steps are as long
-    as AdamW's, and both share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    speed and not only those in which the gradient is large. Scaled by 0.2 sqrt(max(rows, columns)), its steps are as
+    long as AdamW's, and both share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
     """
     muon = settings.optimizer == "muon"
     layers = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2] if muon else []
@@ -205,7 +137,7 @@ def make_optimizers(model, settings):
 
 
 def learning_rate(step, settings):
-    """The rate of update number step, from 0: up, level, down ("warmup-stable-decay", Hu et al. 2024, arXiv 2404.06395).
+    """The rate of the update after so many steps: up, level, down (Hu et al. 2024, arXiv 2404.06395, section 4).
 
     The level part has no end built in: a run can be prolonged, and decayed from any of its checkpoints.
     """
@@ -214,80 +146,51 @@ def learning_rate(step, settings):
     return settings.learning_rate * min(1.0, warmup, decay)
 
 
-# ---- Checkpoints ----------------------------------------------------------------------------------------------------
+# ---- The run --------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(folder, model, state, tokenizer_file):
-    """Write a checkpoint beside its final name, and rename it when it is whole and on the disk: under that name there is
-    never a broken one. If that fails, the run goes on with the checkpoint before. Returns whether it failed."""
-    temporary = Path(f"{folder}.tmp")
-    try:
-        write_checkpoint(temporary, model, state, tokenizer_file)
-        os.rename(temporary, folder)
-    except (OSError, RuntimeError, SafetensorError) as error:  # of the disk; the last two from the libraries' writers
-        print(f"{folder} could not be saved: {str(error).splitlines()[0]}", file=sys.stderr, flush=True)
-        return True
-    return False
+def check_settings(settings, world_size):
+    """Exit with one sentence if the settings do not fit together."""
+    for name in ("seq_len", "micro_batch", "batch_tokens", "max_steps", "log_interval", "eval_interval", "eval_tokens",
+                 "save_interval", "keep_checkpoints"):  # fmt: skip
+        if getattr(settings, name) < 1:
+            sys.exit(f"--{name}={getattr(settings, name)} must be at least 1.")
+    unit = settings.seq_len * settings.micro_batch * world_size
+    if settings.batch_tokens % unit:
+        fits = max(1, round(settings.batch_tokens / unit)) * unit
+        sys.exit(f"--batch_tokens={settings.batch_tokens} must be a multiple of seq_len x micro_batch x devices, "
+                 f"{settings.seq_len} x {settings.micro_batch} x {world_size}: {fits} is one.")  # fmt: skip
 
 
-def write_checkpoint(temporary, model, state, tokenizer_file):
-    shutil.rmtree(temporary, ignore_errors=True)
-    model.save_pretrained(temporary)
-    shutil.copyfile(tokenizer_file, temporary / "tokenizer.json")
-    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    length = {"model_max_length": model.config.max_position_embeddings}
-    write_json(temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special | length)
-    torch.save(state, temporary / "trainer_state.pt")
-    for path in temporary.iterdir():
-        with open(path, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def remove_old_checkpoints(out_dir, keep):
-    """Remove all but the newest checkpoints, and what interrupted saves and removals left."""
-    names = sorted(path.name for path in out_dir.glob("checkpoint-*") if path.suffix != ".tmp")
-    for name in names[:-keep]:
-        os.rename(out_dir / name, out_dir / f"{name}.tmp")  # at once no checkpoint any more, however long removal takes
-    for leftover in out_dir.glob("checkpoint-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
+def check_resumed(checkpoint, state, settings, shards):
+    """Exit if a resumed run would go on with other data, or in another order, or with another model. Everything else
+    may change: steps, rates, intervals, the micro-batch, the number of devices."""
+    names = ("seed", "seq_len", "batch_tokens", "optimizer", "model")
+    then, now = state["settings"], dataclasses.asdict(settings)
+    then = dict(flatten({name: then[name] for name in names} | {"data": state["data"]}))
+    now = dict(flatten({name: now[name] for name in names} | {"data": shards}))
+    for name in sorted(then.keys() | now.keys()):
+        if then.get(name) != now.get(name):
+            sys.exit(f"{checkpoint} was trained with {name} = {then.get(name)}, now it is {now.get(name)}: resume a "
+                     "run with the same, or begin another with --init_from.")  # fmt: skip
 
 
 def rewind_metrics(path, step):
-    """Drop the lines of metrics.jsonl that come after a step: they will be written again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    """Drop the lines of metrics.jsonl that come after a step, for they will be written again, and any half-written."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
     Path(f"{path}.tmp").write_text("".join(kept))
     os.replace(f"{path}.tmp", path)
-
-
-def load_state(checkpoint, settings, data):
-    """The trainer's state of a checkpoint. What decides the order of the data, or the meaning of the state, must be as it
-    was; everything else (steps, rates, intervals, the number of devices) may be another now."""
-    path = os.path.join(checkpoint, "trainer_state.pt")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)  # tensors and plain values, never code
-    except Exception as error:  # whatever a damaged file sets off inside of the library
-        sys.exit(f"{path} cannot be read ({type(error).__name__}); to go on from the checkpoint before it, remove "
-                 f"{checkpoint}.")  # fmt: skip
-    for name in ("seed", "seq_len", "batch_tokens", "optimizer", "model"):
-        then, now = state["settings"][name], dataclasses.asdict(settings)[name]
-        if then != now:
-            sys.exit(f"{checkpoint} was trained with {name} = {then}, and now it is {now}: a run is resumed with the same "
-                     "one; for another, start with --init_from.")  # fmt: skip
-    if state["data"] != data:
-        sys.exit(f"{checkpoint} was trained on other data than {settings.data_dir} holds now: a run is resumed on the same; "
-                 "for another, start with --init_from.")  # fmt: skip
-    return state
-
-
-# ---- The run --------------------------------------------------------------------------------------------------------
 
 
 def main(settings):
     # Devices. torchrun starts this file once for each device and tells each process its rank; alone, it is rank 0 of 1.
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    say = print if rank == 0 else lambda *args, **options: None
+    check_settings(settings, world_size)
     device = choose_device(settings.device, local_rank)
     dtype = choose_dtype(settings.dtype, device)
     peak_flops = None
@@ -295,128 +198,138 @@ def main(settings):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
         peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
-    if world_size > 1:  # whoever waits longer than this for the others takes them for dead and ends the job
-        timeout = datetime.timedelta(minutes=10)
+    if world_size > 1:  # a rank that waits this long for the others takes them for dead, and ends the job
+        timeout = datetime.timedelta(seconds=settings.timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
 
-    # Data. A step takes `sequences` windows; each rank has its share of them, and goes through it in micro-batches.
-    sequences = check_settings(settings, world_size)
+    def say(text):
+        if rank == 0:
+            print(text, flush=True)
+
+    # Data. A step takes `sequences` windows; each rank goes through its share of them in micro-batches.
+    sequences = settings.batch_tokens // settings.seq_len
     share = sequences // world_size
     accumulation = share // settings.micro_batch
-    bins, shards = open_data(settings.data_dir)
+    bins, shards = open_bins(settings.data_dir, settings.verify_data)
     train_windows = Windows(bins["train"], settings.seq_len, settings.seed)
     val_windows = validation_windows(bins["val"], settings.seq_len, settings.eval_tokens)
     for split, windows in (("train", train_windows.bins), ("val", val_windows)):
         if not windows:
             sys.exit(f"{settings.data_dir}: no {split} bin has more than seq_len = {settings.seq_len} tokens; lower "
                      "--seq_len, or prepare more text or a larger --val_fraction.")  # fmt: skip
-    bytes_per_token = sum(s["val"]["bytes"] for s in shards) / sum(s["val"]["tokens"] for s in shards)
-    data_vocab = max(shard["vocab_size"] for shard in shards)
+    val = [shard["val"] for shard in shards.values()]
+    bytes_per_token = sum(split["bytes"] for split in val) / sum(split["tokens"] for split in val)
+    data_vocab = max(shard["vocab_size"] for shard in shards.values())
     tokenizer_file = os.path.join(settings.data_dir, "tokenizer.json")
     tokenizer = Tokenizer.from_file(tokenizer_file)
 
     # Model: of the run's newest checkpoint, of another checkpoint, or new.
     out_dir = Path(settings.out_dir)
-    out_dir.mkdir(parents=True, exist_ok=True)
-    metrics_file, checkpoint, state = out_dir / "metrics.jsonl", newest_checkpoint(out_dir), None
-    if not settings.resume and (checkpoint or metrics_file.exists()):
+    metrics_file = out_dir / "metrics.jsonl"
+    checkpoint = newest_checkpoint(out_dir) if out_dir.is_dir() else None
+    if (checkpoint or metrics_file.exists()) and not settings.resume:
         sys.exit(f"{out_dir} already holds a run: go on with --resume=True, or take another --out_dir.")
+    step, state = 0, None
     torch.manual_seed(settings.seed)
     try:
         if checkpoint:
-            state = load_state(checkpoint, settings, shards)
-            model = SmolLM2.from_pretrained(checkpoint)
-        elif settings.init_from != "scratch":
-            model = SmolLM2.from_pretrained(settings.init_from)
+            state = load_state(checkpoint)
+            check_resumed(checkpoint, state, settings, shards)
+            step = state["step"]
+        if checkpoint or settings.init_from != "scratch":
+            model = SmolLM2.from_pretrained(checkpoint or settings.init_from)
         else:
             model = SmolLM2(dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or data_vocab))
     except ValueError as error:
         sys.exit(str(error))
     config = model.config
     if config.vocab_size < data_vocab or config.max_position_embeddings < settings.seq_len:
-        sys.exit(f"the model has {config.vocab_size} tokens and {config.max_position_embeddings} positions, too few for "
-                 f"the {data_vocab} tokens of the data or for seq_len = {settings.seq_len}.")  # fmt: skip
+        sys.exit(f"the model has {config.vocab_size} tokens and {config.max_position_embeddings} positions, too few "
+                 f"for the {data_vocab} tokens of the data, or for seq_len = {settings.seq_len}.")  # fmt: skip
     model.to(device)
-    if settings.compile:
-        for layer in model.model.layers:  # compiled once, for all layers are the same function of their weights
+    if settings.compile and not can_compile(device):
+        say("training without torch.compile, for which this machine has no C++ compiler")
+    elif settings.compile:
+        for layer in model.model.layers:  # compiled once: all layers are the same function of their weights
             layer.compile(dynamic=False)
         model.loss = torch.compile(model.loss, dynamic=False)
     replica = model
-    if world_size > 1:  # averages the gradients over the ranks while the backward pass still runs
+    if world_size > 1:  # averages gradients over the ranks while the backward pass still runs
         replica = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
 
     # Optimizer.
     optimizers = make_optimizers(model, settings)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    step = 0
     if state:
-        step = state["step"]
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
     if rank == 0:
+        out_dir.mkdir(parents=True, exist_ok=True)
         remove_old_checkpoints(out_dir, settings.keep_checkpoints)
-        rewind_metrics(metrics_file, step)
+        rewind_metrics(metrics_file, step if state else -1)
 
+    # What the loop calls now and then.
     def evaluate():
-        """Loss over the validation windows: in nats a token, and in bits a byte, which can be compared between tokenizers.
-
-        The model runs as in training, and no backward pass follows: so the compiled functions serve here as well.
-        """
+        """The mean loss over the validation windows, in nats a token, and in bits a byte, which does not depend on the
+        tokenizer. The model runs as in training, but no backward pass follows: so what was compiled serves here too."""
         total = torch.zeros(2, device=device)  # nats, windows
         for first in range(rank * settings.micro_batch, len(val_windows), world_size * settings.micro_batch):
             windows = val_windows[first : first + settings.micro_batch]
-            count, filler = len(windows), settings.micro_batch - len(windows)
-            inputs, targets = to_device(
-                windows + windows[:1] * filler, device, config.vocab_size
-            )  # always of the same shape
-            targets[count:] = -100  # the filler does not count
+            count, missing = len(windows), settings.micro_batch - len(windows)
+            inputs, targets = to_device(windows + windows[:1] * missing, device, config.vocab_size)
+            targets[count:] = -100  # what fills the last batch up to the compiled shape does not count
             with autocast:
                 loss = model(inputs, targets).detach()
             total += torch.stack([loss * count, torch.full_like(loss, count)])
         if world_size > 1:
             dist.all_reduce(total)
         val_loss = (total[0] / total[1]).item()
-        return dict(val_loss=val_loss, val_bpb=val_loss / math.log(2) / bytes_per_token)
+        return {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) / bytes_per_token}
 
     def sample():
-        """The prompt and what the model makes of it, always with the same random numbers: only the model changes."""
+        """What the model makes of the prompt, with the same random numbers each time: only the model changes."""
         prompt = torch.tensor([tokenizer.encode(settings.sample_prompt).ids or [config.bos_token_id]], device=device)
         generator = torch.Generator(device).manual_seed(settings.seed)
-        length = min(64, config.max_position_embeddings - prompt.size(1))
+        room = config.max_position_embeddings - prompt.size(1)
         with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
-            new = model.generate(prompt, length, eos_token_id=config.eos_token_id, generator=generator)
+            new = model.generate(prompt, min(64, room), eos_token_id=config.eos_token_id, generator=generator)
             return tokenizer.decode(prompt[0].tolist() + [token.item() for token in new])
 
-    def log(evaluation, loss=None, rate=None, grad_norm=None):
-        """One line on the screen, and one object in metrics.jsonl: null is what was not measured or is no number."""
-        speed = timed * settings.batch_tokens / seconds if timed else None
+    def log(loss=None, rate=None, grad_norm=None, **evaluation):
+        """A line on the screen, and one in metrics.jsonl, where null is what was not measured or is no number."""
+        speed = timed_steps * settings.batch_tokens / seconds if timed_steps else None
         mfu = (
-            speed * training_flops(config, settings.seq_len) / peak_flops / world_size if speed and peak_flops else None
+            speed * training_flops(config, settings.seq_len) / (peak_flops * world_size)
+            if speed and peak_flops
+            else None
         )
-        tokens, epoch_tokens = step * settings.batch_tokens, train_windows.total * settings.seq_len
+        tokens, epoch = step * settings.batch_tokens, train_windows.per_epoch * settings.seq_len
         metrics = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens": tokens,
-                   "epoch": tokens / epoch_tokens, "unique_tokens": min(tokens, epoch_tokens),
-                   "tokens_per_second": speed, "mfu": mfu} | evaluation  # fmt: skip
-        line = f"step {step}/{settings.max_steps}"
-        line += f" | loss {loss:.4f} | lr {rate:.2e} | grad_norm {grad_norm:.2f}" if loss is not None else ""
-        line += f" | {speed:,.0f} tokens/s" if speed else ""
-        line += f" | {mfu:.1%} MFU" if mfu else ""
-        line += "".join(f" | {name} {value:.4f}" for name, value in evaluation.items())
-        if timed:
-            line += f" | {datetime.timedelta(seconds=round((settings.max_steps - step) * seconds / timed))} left"
-        say(line, flush=True)
+                   "epoch": tokens / epoch, "unique_tokens": min(tokens, epoch), "tokens_per_second": speed,
+                   "mfu": mfu} | evaluation  # fmt: skip
+        parts = [f"step {step}/{settings.max_steps}"]
+        parts += [f"loss {loss:.4f}", f"lr {rate:.2e}", f"grad_norm {grad_norm:.2f}"] if loss is not None else []
+        parts += [f"{name} {value:.4f}" for name, value in evaluation.items()]
+        parts += [f"{speed:,.0f} tokens/s"] if speed else []
+        parts += [f"{mfu:.1%} MFU"] if mfu else []
+        left = (settings.max_steps - step) * settings.batch_tokens / speed if speed else 0
+        parts += [f"{datetime.timedelta(seconds=round(left))} left"] if left else []
+        say(" | ".join(parts))
         if rank == 0:
             finite = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
-            with open(metrics_file, "a") as file:
-                file.write(json.dumps(finite) + "\n")
+            try:
+                with open(metrics_file, "a") as file:
+                    file.write(json.dumps(finite) + "\n")
+            except OSError as error:  # a full disk costs a line, not the run
+                say(f"{metrics_file} could not be written: {error.strerror}")
 
-    # Ctrl-C, and SIGTERM of a scheduler, ask to stop after the step that is being computed. The second one stops at once.
     asked_to_stop = False
 
     def ask_to_stop(number, frame):
+        """Ctrl-C, and a scheduler's SIGTERM, let the step end and be saved; the second one stops at once."""
         nonlocal asked_to_stop
         asked_to_stop = True
         signal.signal(number, signal.SIG_DFL)
@@ -425,22 +338,23 @@ def main(settings):
     signal.signal(signal.SIGTERM, ask_to_stop)
 
     # The loop.
-    count = sum(parameter.numel() for parameter in model.parameters())
-    say(f"{count:,} parameters, {dtype} on {world_size} x {device.type}, {'from ' + checkpoint if state else 'step 0'}; "
-        f"{sequences} windows of {settings.seq_len} tokens a step, {train_windows.total:,} in an epoch", flush=True)  # fmt: skip
-    bad_steps, timed, seconds, first_step, stopping, save_failed = 0, 0, 0.0, step, False, None
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    say(f"{parameters:,} parameters, {dtype} on {world_size} x {device.type}")
+    say(f"{sequences} windows of {settings.seq_len} tokens a step, {train_windows.per_epoch:,} in an epoch")
+    if checkpoint:
+        say(f"resumed from {checkpoint}")
+    first_step, bad_steps, timed_steps, seconds, stopping, saved = step, 0, 0, 0.0, False, True
     if step == 0:
-        log(evaluate())
+        log(**evaluate())
     while step < settings.max_steps and not stopping:
         start = time.perf_counter()
 
         # Schedule.
         rate = learning_rate(step, settings)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+            group["lr"] = rate
 
-        # Forward and backward, a micro-batch at a time: gradients add up until the step is taken.
+        # Forward and backward, one micro-batch after the other: their gradients add up.
         loss = torch.zeros((), device=device)
         for micro in range(accumulation):
             first = step * sequences + rank * share + micro * settings.micro_batch
@@ -452,7 +366,7 @@ def main(settings):
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 
-        # Step. One look at the device: the ranks share loss and wish to stop, and all decide alike.
+        # Clip. Then one look at the numbers, which the ranks share so that all decide alike.
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -460,62 +374,51 @@ def main(settings):
         if world_size > 1:
             dist.all_reduce(report)
         loss, grad_norm, stopping = report.tolist()
+
+        # Step, unless the numbers are none: a NaN would stay in the weights for ever.
         if math.isfinite(loss) and math.isfinite(grad_norm):
             bad_steps = 0
             for optimizer in optimizers:
                 scaler.step(optimizer)
-        else:  # a NaN would stay in the weights for ever: better to lose a step
+        else:
             bad_steps += 1
-            say(f"step {step + 1} skipped: loss {loss}, grad_norm {grad_norm}", flush=True)
+            say(f"step {step + 1} is skipped: its loss is {loss}, its grad_norm {grad_norm}")
             if bad_steps == settings.max_bad_steps:
-                sys.exit(f"{bad_steps} steps in a row gave no numbers; the newest good checkpoint is "
-                         f"{newest_checkpoint(out_dir)}. Lower --learning_rate, or try --dtype=float32.")  # fmt: skip
+                sys.exit(f"{bad_steps} steps in a row gave no numbers: lower --learning_rate, or try --dtype=float32, "
+                         f"from the last good checkpoint, {newest_checkpoint(out_dir)}.")  # fmt: skip
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
         step += 1
         if step > first_step + 1:  # the first one waits for the compiler
-            timed, seconds = timed + 1, seconds + time.perf_counter() - start
+            timed_steps, seconds = timed_steps + 1, seconds + time.perf_counter() - start
 
         # Log, evaluate, sample, save.
         finished = step == settings.max_steps
         evaluation = evaluate() if (finished or step % settings.eval_interval == 0) and not stopping else {}
-        if evaluation or finished or stopping or step % settings.log_interval == 0 or step == first_step + 1:
-            log(evaluation, loss, rate, grad_norm)
-            timed, seconds = 0, 0.0
+        if evaluation or stopping or step % settings.log_interval == 0 or step == first_step + 1:
+            log(loss, rate, grad_norm, **evaluation)
+            timed_steps, seconds = 0, 0.0
         if rank == 0 and settings.sample_interval and step % settings.sample_interval == 0 and not stopping:
-            say(f"\n{sample()}\n", flush=True)
+            say(f"\n{sample()}\n")
         if rank == 0 and (finished or stopping or step % settings.save_interval == 0):
-            state = {
-                "step": step,
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "scaler": scaler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "settings": dataclasses.asdict(settings),
-                "data": shards,
-            }
-            save_failed = save_checkpoint(out_dir / f"checkpoint-{step:06d}", model, state, tokenizer_file)
-            remove_old_checkpoints(out_dir, settings.keep_checkpoints)
+            state = {"step": step, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                     "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
+                     "settings": dataclasses.asdict(settings), "data": shards}  # fmt: skip
+            saved = save_checkpoint(out_dir, step, model, tokenizer_file, state, settings.keep_checkpoints)
 
     if world_size > 1:
         dist.destroy_process_group()
-    if save_failed:
+    if not saved:
         sys.exit(1)
     say(f"{newest_checkpoint(out_dir)} is the last checkpoint; python sample.py --model={out_dir} lets it write")
 
 
-def check_settings(settings, world_size):
-    """The number of windows in a step; exits if the settings do not fit together."""
-    for name in ("seq_len", "micro_batch", "batch_tokens", "max_steps", "eval_tokens", "keep_checkpoints"):
-        if getattr(settings, name) < 1:
-            sys.exit(f"--{name}={getattr(settings, name)} must be at least 1.")
-    unit = settings.seq_len * settings.micro_batch * world_size
-    if settings.batch_tokens % unit:
-        fit = max(1, round(settings.batch_tokens / unit)) * unit
-        sys.exit(f"--batch_tokens={settings.batch_tokens} must be a multiple of seq_len x micro_batch x devices = "
-                 f"{settings.seq_len} x {settings.micro_batch} x {world_size} = {unit}, as {fit} is.")  # fmt: skip
-    return settings.batch_tokens // settings.seq_len
-
-
 if __name__ == "__main__":
-    main(load_settings("train", Settings))
+    settings = load_settings("train", Settings)
+    try:
+        main(settings)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        sys.exit(f"a rank died, or let the others wait for more than --timeout={settings.timeout} seconds: {error}")

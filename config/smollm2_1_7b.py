@@ -1,7 +1,7 @@
 """SmolLM2-1.7B by its published recipe, on the first file of cosmopedia-v2.
 
-The original saw 11 T tokens: 5,240,000 steps of 2,097,152 (256 GPUs x 4 windows x 2048 tokens), 2000 of them warmup, the
-last 524,000 the linear decay to 0. Here as many as make four passes over the 270 M tokens of one file.
+The original saw 11 T tokens: 5,240,000 steps of 2,097,152 (256 GPUs x 4 windows x 2048 tokens), 2000 of them warmup,
+the last 524,000 the linear decay to 0. Here as many as make four passes over the 270 M tokens of one file.
 """
 
 data_dir = "data/cosmopedia-v2"

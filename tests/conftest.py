@@ -16,10 +16,11 @@ import hub as hub_server  # noqa: E402
 
 # A model that takes milliseconds a step.
 SMALL = (
-    "--seq_len=32 --micro_batch=4 --batch_tokens=256 --warmup_steps=2 --decay_steps=0 --learning_rate=0.01 --device=cpu "
-    "--dtype=float32 --compile=False --log_interval=1 --eval_interval=1000 --eval_tokens=640 --save_interval=1000 "
-    "--sample_interval=0 --model.hidden_size=32 --model.intermediate_size=64 --model.num_hidden_layers=2 "
-    "--model.num_attention_heads=2 --model.num_key_value_heads=1 --model.max_position_embeddings=128"
+    "--seq_len=32 --micro_batch=4 --batch_tokens=256 --warmup_steps=2 --decay_steps=0 --learning_rate=0.01 "
+    "--device=cpu --dtype=float32 --compile=False --log_interval=1 --eval_interval=1000 --eval_tokens=640 "
+    "--save_interval=1000 --sample_interval=0 --model.hidden_size=32 --model.intermediate_size=64 "
+    "--model.num_hidden_layers=2 --model.num_attention_heads=2 --model.num_key_value_heads=1 "
+    "--model.max_position_embeddings=128"
 ).split()
 
 

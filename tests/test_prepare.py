@@ -12,6 +12,7 @@ from conftest import ROOT, refused, run, sentences
 from tokenizers import Tokenizer, models
 
 import prepare
+import sources
 
 TEXTS = sentences(60, seed=5)
 REAL_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.json"
@@ -211,7 +212,7 @@ def test_parquet_without_a_column_of_text(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("argument", "answer"),
-    [("--shards=1", "0 to 0"), ("--shards=a", "--shards=a"), ("--shards=3-1", "--shards=3-1"), ("--val_fraction=1", "below 1"),
+    [("--shards=1", "0 to 0"), ("--shards=a", "--shards=a"), ("--shards=3-1", "3-1"), ("--val_fraction=1", "below 1"),
      ("--source=no/such/*.txt", "no/such"), ("--tokenizer=train:9", "from 273"), ("--tokenizer=train:x", "train:x")],
 )  # fmt: skip
 def test_bad_settings(argument, answer, tmp_path, corpus):
@@ -242,7 +243,7 @@ def test_the_published_tokenizer():
     assert [tokenizer.id_to_token(id) for id in range(17)] == prepare.SPECIAL_TOKENS
     assert tokenizer.encode("The capital of France is").ids == [504, 3575, 282, 4649, 314]
     settings = prepare.Settings(tokenizer="train:300", val_fraction=0)
-    file = prepare.File("talk", "", lambda: iter(TEXTS))
+    file = sources.File("talk", "", lambda: iter(TEXTS))
     ours = json.loads(prepare.train_tokenizer(settings, [file]).to_str())
     for part in ("pre_tokenizer", "decoder", "normalizer", "post_processor"):
         assert ours[part] == real[part], part

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
+from bins import Windows, validation_windows
 from model import SmolLM2
 
 
@@ -86,8 +87,8 @@ def test_on_noise_it_does_not_get_below_the_entropy(tmp_path, data):
 
 
 def windows_of_an_epoch(bins, seq_len, epoch, seed=0):
-    windows = train.Windows(bins, seq_len, seed)
-    return [windows[epoch * windows.total + i] for i in range(windows.total)]
+    windows = Windows(bins, seq_len, seed)
+    return [windows[epoch * windows.per_epoch + i] for i in range(windows.per_epoch)]
 
 
 def test_an_epoch_visits_every_window_once():
@@ -110,16 +111,16 @@ def test_epochs_differ_in_order_and_offset_and_seeds_too():
 
 def test_windows_do_not_depend_on_who_asks():
     bins = [np.arange(500), np.arange(300)]
-    asked = train.Windows(bins, 10, 3)
+    asked = Windows(bins, 10, 3)
     forwards = [asked[i].tolist() for i in range(200)]
-    assert [train.Windows(bins, 10, 3)[i].tolist() for i in range(199, -1, -1)] == forwards[::-1]
+    assert [Windows(bins, 10, 3)[i].tolist() for i in range(199, -1, -1)] == forwards[::-1]
 
 
 def test_validation_windows_are_spread_and_fixed():
     bins = [np.arange(1000), np.arange(5000, 5500)]
-    windows = train.validation_windows(bins, 10, 200)
+    windows = validation_windows(bins, 10, 200)
     assert len(windows) == 20 and windows[0][0] == 0 and windows[-1][-1] >= 5480
-    assert len(train.validation_windows(bins, 10, 10**9)) == 99 + 49
+    assert len(validation_windows(bins, 10, 10**9)) == 99 + 49
 
 
 def test_micro_batches_and_processes_give_the_losses_of_one(tmp_path, data):
@@ -226,7 +227,7 @@ def test_a_finished_run_can_be_prolonged(tmp_path, data):
 def test_a_resumed_run_keeps_what_orders_its_data(argument, trained, data):
     name = argument[2:].split("=")[0].split(".")[0]
     sentence = refused("train.py", *SMALL, f"--data_dir={data}", f"--out_dir={trained}", "--resume=True", argument)
-    assert f"with {name} =" in sentence
+    assert f"with {name}" in sentence
 
 
 def test_init_from_a_checkpoint(trained, data, tmp_path):
@@ -281,8 +282,9 @@ def test_compiled_in_bfloat16_with_samples(tmp_path, data):
 
 
 def test_a_step_without_numbers_is_skipped_and_the_run_stops(tmp_path, data):
-    model = SmolLM2(train.SmolLM2Config(vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
-                                        num_hidden_layers=1, intermediate_size=32, max_position_embeddings=64))  # fmt: skip
+    config = train.SmolLM2Config(vocab_size=300, hidden_size=32, num_attention_heads=2, num_key_value_heads=1,
+                                 num_hidden_layers=1, intermediate_size=32, max_position_embeddings=64)  # fmt: skip
+    model = SmolLM2(config)
     with torch.no_grad():
         model.model.norm.weight[0] = math.inf
     model.save_pretrained(tmp_path / "broken")
@@ -296,7 +298,8 @@ def test_a_step_without_numbers_is_skipped_and_the_run_stops(tmp_path, data):
 
 @pytest.mark.parametrize(
     ("argument", "answer"),
-    [("--batch_tokens=1000", "multiple"), ("--micro_batch=3", "multiple"), ("--seq_len=256 --micro_batch=1", "128 positions"),
+    [("--batch_tokens=1000", "multiple"), ("--micro_batch=3", "multiple"),
+     ("--seq_len=256 --micro_batch=1", "128 positions"),
      ("--seq_len=0", "--seq_len=0"), ("--data_dir=/nowhere", "prepare.py"), ("--model.vocab_size=200", "200 tokens"),
      ("--model.num_key_value_heads=3", "num_key_value_heads"), ("--device=abacus", "abacus")],
 )  # fmt: skip

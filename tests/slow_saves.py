@@ -1,0 +1,19 @@
+"""train.py with a slow disk, where each file of a checkpoint takes so long: slow_saves.py SECONDS train.py [settings]."""
+
+import os
+import runpy
+import sys
+import time
+
+fsync, seconds = os.fsync, float(sys.argv[1])
+
+
+def slow(descriptor):
+    time.sleep(seconds)
+    fsync(descriptor)
+
+
+os.fsync = slow
+sys.argv = sys.argv[2:]
+sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+runpy.run_path(sys.argv[0], run_name="__main__")
