@@ -16,7 +16,6 @@ again, and several machines can prepare different shards into one folder.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import queue
@@ -33,7 +32,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 
 from config import load_settings
-from sources import hub_errors, list_files
+from sources import documents, hub_errors, list_files
 
 
 @dataclass
@@ -123,15 +122,6 @@ def train_tokenizer(settings, files):
 # ---- From texts to tokens -------------------------------------------------------------------------------------------
 
 
-def documents(file, at_most=None):
-    """The texts of a file that have any text."""
-    for text in itertools.islice(file.texts(), at_most):
-        if not isinstance(text, str | None):
-            sys.exit(f"{file.name}: a text must be a string, not the {type(text).__name__} {str(text)[:40]}.")
-        if text and not text.isspace():  # an empty document would only teach that texts end at once
-            yield text.encode("utf-8", "replace").decode()  # JSON can spell half a character: that becomes a ?
-
-
 def for_evaluation(text, val_fraction):
     """Whether a document is kept from training: by its text alone, so that no choice of files, machine or order changes
     it, and a document that comes twice stands on one side both times."""
@@ -139,12 +129,26 @@ def for_evaluation(text, val_fraction):
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-def batches(texts, size=2_000_000):
-    """Lists of texts of about so many characters together, so that memory does not depend on how long texts are."""
-    batch, characters = [], 0
+WORD_BREAK = re.compile("(?<=[a-z]) (?=[a-z])")
+
+
+def pieces(texts, val_fraction, size=500_000):
+    """(split, piece of a text, whether the text ends with it): memory shall not depend on how long a text is, so a huge
+    one is cut, and only between two words, where the tokenizer separates it too: the tokens are the same."""
     for text in texts:
-        batch.append(text)
-        characters += len(text)
+        split, start = "val" if for_evaluation(text, val_fraction) else "train", 0
+        while space := WORD_BREAK.search(text, start + size):
+            yield split, text[start : space.start()], False
+            start = space.start()
+        yield split, text[start:], True
+
+
+def batches(pieces, size=2_000_000):
+    """Lists of pieces, of about so many characters together."""
+    batch, characters = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        characters += len(piece[1])
         if characters >= size:
             yield batch
             batch, characters = [], 0
@@ -153,24 +157,12 @@ def batches(texts, size=2_000_000):
 
 
 def tokenize(tokenizer, batches):
-    """For each batch a list of (text, its tokens as uint16); the library spreads a batch over the cores."""
-    for texts in batches:
-        pieces = [list(cut(text)) for text in texts]
-        encodings = iter(tokenizer.encode_batch_fast([p for ps in pieces for p in ps], add_special_tokens=False))
-        tokens = [np.concatenate([np.array(next(encodings).ids, np.uint16) for _ in ps]) for ps in pieces]
-        yield list(zip(texts, tokens, strict=True))
-
-
-WORD_BREAK = re.compile("(?<=[a-z]) (?=[a-z])")
-
-
-def cut(text, size=500_000):
-    """A huge text in pieces: between two words, where the tokenizer separates them too, so the tokens are the same."""
-    start = 0
-    while space := WORD_BREAK.search(text, start + size):
-        yield text[start : space.start()]
-        start = space.start()
-    yield text[start:]
+    """Each batch with the tokens of its pieces, as uint16; the library spreads a batch over the cores."""
+    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    for batch in batches:
+        encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+        ends = (end if last else [] for _, _, last in batch)
+        yield batch, [np.array(encoding.ids + end, "<u2") for encoding, end in zip(encodings, ends, strict=True)]
 
 
 def ahead(iterable, by=2):
@@ -211,41 +203,35 @@ def write_shard(index, file, tokenizer, record, settings):
     folder = Path(settings.data_dir)
     for leftover in folder.glob(f"*-{index:05d}.bin.*.tmp"):
         leftover.unlink()
-    temporary = {name: folder / f"{name}-{index:05d}.bin.{secrets.token_hex(4)}.tmp" for name in ("train", "val")}
-    counts = {name: dict(documents=0, tokens=0, bytes=0) for name in temporary}
-    hashes = {name: hashlib.sha256() for name in temporary}
-    end_of_text = np.array([tokenizer.token_to_id(END_OF_TEXT)], np.uint16)
-    start = time.monotonic()
+    temporary = {split: folder / f"{split}-{index:05d}.bin.{secrets.token_hex(4)}.tmp" for split in ("train", "val")}
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in temporary}
+    hashes = {split: hashlib.sha256() for split in temporary}
+    texts, start = documents(file, settings.max_documents), time.monotonic()
     bar = tqdm(desc=f"shard {index:05d}", unit=" documents", disable=None)  # silent when nobody watches a terminal
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
-            texts = documents(file, settings.max_documents)
-            for batch in ahead(tokenize(tokenizer, ahead(batches(texts)))):
-                parts = {"train": [], "val": []}
-                for text, tokens in batch:
-                    name = "val" if for_evaluation(text, settings.val_fraction) else "train"
-                    parts[name] += (tokens, end_of_text)
-                    counts[name]["documents"] += 1
-                    counts[name]["tokens"] += len(tokens) + 1
-                    counts[name]["bytes"] += len(text.encode())
-                for name, bin in (("train", train), ("val", val)):
-                    content = b"".join(part.astype("<u2").tobytes() for part in parts[name])
-                    bin.write(content)
-                    hashes[name].update(content)
-                bar.update(len(batch))
+            bins = {"train": train, "val": val}
+            for batch in ahead(tokenize(tokenizer, ahead(batches(pieces(texts, settings.val_fraction))))):
+                for (split, text, last), tokens in zip(*batch, strict=True):
+                    bins[split].write(tokens)
+                    hashes[split].update(tokens)
+                    counts[split]["documents"] += last
+                    counts[split]["tokens"] += len(tokens)
+                    counts[split]["bytes"] += len(text.encode())
+                    bar.update(last)
                 total = counts["train"]["tokens"] + counts["val"]["tokens"]
                 bar.set_postfix_str(f"{total:,} tokens, {total / (time.monotonic() - start):,.0f} tokens/s")
         if not counts["train"]["tokens"]:
             sys.exit(f"{file.name} has no text to train on.")
-        for name in temporary:
-            os.replace(temporary[name], folder / f"{name}-{index:05d}.bin")
-            counts[name]["sha256"] = hashes[name].hexdigest()
+        for split in temporary:
+            os.replace(temporary[split], folder / f"{split}-{index:05d}.bin")
+            counts[split]["sha256"] = hashes[split].hexdigest()
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
     write_whole(folder / f"shard-{index:05d}.json", (json.dumps(record | counts, indent=2) + "\n").encode())
-    for name, count in counts.items():
-        print(f"shard {index:05d} {name}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
+    for split, count in counts.items():
+        print(f"shard {index:05d} {split}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
 
 
 def chosen(shards, number_of_files):

@@ -1,6 +1,6 @@
 """Let a model write: text from a checkpoint, to the terminal, as it is made.
 
-python sample.py --model=out/tiny --prompt="Return the"
+python sample.py --model=out/tiny --prompt="Parameters"
 python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt=FILE:opening.txt --num_samples=3
 """
 

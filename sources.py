@@ -56,6 +56,15 @@ def list_files(source, revision=None, num_proc=1):
     return hub_files(source, revision)
 
 
+def documents(file, at_most=None):
+    """The texts of a file that have any text."""
+    for text in itertools.islice(file.texts(), at_most):
+        if not isinstance(text, str | None):
+            sys.exit(f"{file.name}: a text must be a string, not the {type(text).__name__} {str(text)[:40]}.")
+        if text and not text.isspace():  # an empty document would only teach that texts end at once
+            yield text.encode("utf-8", "replace").decode()  # JSON can spell half a character: that becomes a ?
+
+
 def fingerprint(*paths):
     """Changes when a local file does."""
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
@@ -109,11 +118,12 @@ def parquet_texts(path):
 
 
 def jsonl_texts(path):
-    """The field `text` of each line of a jsonl file."""
+    """The field `text` of each line of a jsonl file that is not blank."""
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
-                yield json.loads(line)["text"]
+                if line.strip():
+                    yield json.loads(line)["text"]
             except (ValueError, KeyError, TypeError, RecursionError) as error:
                 sys.exit(f"{path}, line {number}: not a JSON object with a field text ({error!r}).")
 

@@ -155,6 +155,9 @@ def check_settings(settings, world_size):
                  "save_interval", "keep_checkpoints"):  # fmt: skip
         if getattr(settings, name) < 1:
             sys.exit(f"--{name}={getattr(settings, name)} must be at least 1.")
+    for name in ("learning_rate", "grad_clip"):
+        if not 0 < getattr(settings, name) < math.inf:
+            sys.exit(f"--{name}={getattr(settings, name)} must be a number above 0.")
     unit = settings.seq_len * settings.micro_batch * world_size
     if settings.batch_tokens % unit:
         fits = max(1, round(settings.batch_tokens / unit)) * unit

@@ -6,7 +6,7 @@ optimizer is not: in so few steps Muon learns about twice as fast as AdamW.
 
 data_dir = "data/python-docs"
 out_dir = "out/tiny"
-prompt = "Return the"
+prompt = "Parameters"
 
 prepare = dict(data_dir=data_dir, source="python-docs", tokenizer="train:4096", val_fraction=0.05)
 
@@ -38,4 +38,4 @@ train = dict(
     ),
 )
 
-sample = dict(model=out_dir, prompt=prompt, max_new_tokens=200)
+sample = dict(model=out_dir, prompt=prompt, temperature=0.7)

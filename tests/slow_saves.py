@@ -1,4 +1,4 @@
-"""train.py with a slow disk, where each file of a checkpoint takes so long: slow_saves.py SECONDS train.py [settings]."""
+"""train.py on a slow disk: python slow_saves.py SECONDS train.py [settings], SECONDS for each file of a checkpoint."""
 
 import os
 import runpy

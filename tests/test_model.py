@@ -291,7 +291,7 @@ def test_weights_that_do_not_fit_name_the_tensor(tmp_path):
     for tensors, problem in (
         ({k: v for k, v in whole.items() if k != name}, f"no tensor {name}"),
         (whole | {"model.layers.1.mlp.up_proj.bias": torch.zeros(3)}, "up_proj.bias"),
-        (whole | {name: torch.zeros(3, 4)}, rf"{name} has shape \(3, 4\)"),
+        (whole | {name: torch.zeros(3, 4)}, rf"{name} has the shape \(3, 4\)"),
     ):
         save_file(tensors, path)
         with pytest.raises(ValueError, match=problem):

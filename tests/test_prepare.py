@@ -168,7 +168,7 @@ def test_line_ends_and_byte_order_marks_of_text_files(tmp_path, tokenizer):
 
 
 def test_half_a_character_becomes_a_question_mark(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": "A cat \\ud83d sees."}\n')
+    (tmp_path / "a.jsonl").write_text('\n{"text": "A cat \\ud83d sees."}\n\n')
     small(tmp_path / "out", tmp_path / "a.jsonl", tokenizer, "--val_fraction=0")
     assert documents(tmp_path / "out", "train") == ["A cat ? sees."]
 
@@ -176,10 +176,12 @@ def test_half_a_character_becomes_a_question_mark(tmp_path, tokenizer):
 def test_cutting_a_huge_text_does_not_change_its_tokens(tokenizer):
     text = " ".join(TEXTS)
     tokenizer = Tokenizer.from_file(str(tokenizer))
-    pieces = list(prepare.cut(text, size=100))
+    pieces = list(prepare.pieces([text, "x" * 999], 0, size=100))
+    assert pieces[-1] == ("train", "x" * 999, True)
+    assert [last for _, _, last in pieces[:-1]] == [False] * (len(pieces) - 2) + [True]
+    pieces = [piece for _, piece, _ in pieces[:-1]]
     assert len(pieces) > 50 and "".join(pieces) == text
     assert [id for piece in pieces for id in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
-    assert list(prepare.cut("x" * 999, size=100)) == ["x" * 999]
 
 
 @pytest.mark.parametrize(

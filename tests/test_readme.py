@@ -26,5 +26,5 @@ def test_the_first_command(tmp_path):
     shard = json.loads((tmp_path / "data" / "python-docs" / "shard-00000.json").read_text())
     assert shard["train"]["documents"] > 7000 and shard["train"]["bytes"] > 6e6
     assert 0.03 < shard["val"]["documents"] / shard["train"]["documents"] < 0.07
-    assert done.stdout.rsplit("lets it write\n", 1)[1].startswith("Return the")
+    assert done.stdout.rsplit("lets it write\n", 1)[1].startswith("Parameters")
     assert (tmp_path / "out" / "tiny" / "checkpoint-000003" / "model.safetensors").exists()
