@@ -88,9 +88,7 @@ class SmolLM2Config:
         config = cls(**values)
         config.check()
         if head_dim not in (None, config.head_dim):
-            raise ValueError(
-                f"{folder}/config.json: head_dim must be hidden_size / num_attention_heads, not {head_dim!r}"
-            )
+            raise ValueError(f"{folder}/config.json: head_dim {head_dim!r} is not hidden_size / num_attention_heads")
         return config
 
     @property
@@ -114,17 +112,11 @@ class SmolLM2Config:
                 fits, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
             if not fits and not (value is None and field.name == "initializer_range"):
                 raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
-        heads = self.num_attention_heads
-        if self.hidden_size % (2 * heads):
-            raise ValueError(
-                f"hidden_size {self.hidden_size} must be a multiple of 2 x num_attention_heads ({2 * heads}): "
-                "a head's width is hidden_size / num_attention_heads, and rotary positions turn it in pairs"
-            )
-        if heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads {heads} must be a multiple of num_key_value_heads {self.num_key_value_heads}: "
-                "each key/value head serves the same number of query heads"
-            )
+        C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
+        if C % (2 * H):  # a head is C / H wide, and rotary positions turn its channels in pairs
+            raise ValueError(f"hidden_size {C} must be a multiple of 2 x num_attention_heads, {2 * H}")
+        if H % K:  # each key/value head serves as many query heads as any other
+            raise ValueError(f"num_attention_heads {H} must be a multiple of num_key_value_heads {K}")
 
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------
@@ -375,12 +367,9 @@ class SmolLM2(nn.Module):
 
         Raises ValueError beyond max_position_embeddings.
         """
-        T, past = input_ids.size(1), caches[0].length if caches else 0
-        if past + T > self.config.max_position_embeddings:
-            raise ValueError(
-                f"{past + T} tokens are more than max_position_embeddings ({self.config.max_position_embeddings}): "
-                "take a shorter text"
-            )
+        T, past, room = input_ids.size(1), caches[0].length if caches else 0, self.config.max_position_embeddings
+        if past + T > room:
+            raise ValueError(f"{past + T} tokens are more than the {room} of max_position_embeddings")
         positions = torch.arange(past, past + T, device=input_ids.device)  # (T,)
         cos, sin = rotary_tables(positions, self.config)  # the same for all layers
         mask = None
@@ -525,7 +514,8 @@ def forward_flops(config, T):
 
     Each parameter of a matrix multiplies once and adds once (Kaplan et al. 2020, arXiv 2001.08361, section 2.1);
     looking up an embedding is free, but the head costs its whole matrix. Attention takes a product of width C with each
-    earlier key, T / 2 of them on average, and one with each value: 2 x 2 x C x T / 2 in each layer."""
+    earlier key, T / 2 of them on average, and one with each value: 2 x 2 x C x T / 2 in each layer.
+    """
     free = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return 2 * (count_parameters(config) - free), 2 * config.num_hidden_layers * config.hidden_size * T
 

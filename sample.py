@@ -56,7 +56,8 @@ def stream(model, tokenizer, prompt, settings, generator):
     """Yield the continuation of a prompt in pieces of whole characters.
 
     A character may be split over several tokens: the decoder holds its first bytes back until the last has come.
-    Special tokens are not shown."""
+    Special tokens are not shown.
+    """
     ids = tokenizer.encode(prompt).ids or [model.config.bos_token_id]
     decoder = DecodeStream(ids, skip_special_tokens=True)
     tokens = model.generate(

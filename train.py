@@ -411,6 +411,7 @@ def main(settings):
             saved = save_checkpoint(out_dir, step, model, tokenizer_file, state, settings.keep_checkpoints)
 
     if world_size > 1:
+        dist.barrier()  # rank 0 may still be saving; and a rank that left in haste could trip over its own threads
         dist.destroy_process_group()
     if not saved:
         sys.exit(1)
