@@ -20,7 +20,7 @@ def open_bins(data_dir, verify=False):
     belongs to another tokenizer than the others. A bin without a json is not finished, and left out.
     """
     folder = Path(data_dir)
-    shards = {path.name: json.loads(path.read_text()) for path in sorted(folder.glob("shard-*.json"))}
+    shards = {path.name: read_shard(path) for path in sorted(folder.glob("shard-*.json"))}
     if not shards:
         sys.exit(f"{data_dir} holds no shard-NNNNN.json: run prepare.py with --data_dir={data_dir} first.")
     bins, first = {"train": [], "val": []}, min(shards)
@@ -37,6 +37,19 @@ def open_bins(data_dir, verify=False):
             if size:
                 bins[split].append(np.memmap(path, "<u2", "r"))
     return bins, shards
+
+
+def read_shard(path):
+    """What a shard says of itself; exits if it is not what prepare.py writes."""
+    try:
+        shard = json.loads(path.read_bytes())
+        whole = shard.keys() >= {"tokenizer_sha256", "vocab_size", "train", "val"}
+        whole = whole and all(shard[split].keys() >= {"tokens", "bytes", "sha256"} for split in ("train", "val"))
+    except (ValueError, AttributeError):
+        whole = False
+    if not whole:
+        sys.exit(f"{path} is damaged; remove it and prepare the shard again.")
+    return shard
 
 
 def sha256(path):

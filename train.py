@@ -32,6 +32,9 @@ from checkpoint import load_state, newest_checkpoint, remove_old_checkpoints, sa
 from config import flatten, load_settings
 from model import SmolLM2, SmolLM2Config, training_flops
 
+# SmolLM2-135M as it was pretrained: the published context of 8192 came from a second, short stage.
+PRETRAINED = SmolLM2Config(vocab_size=0, max_position_embeddings=2048, rope_theta=10_000.0)
+
 
 @dataclass
 class Settings:
@@ -50,9 +53,7 @@ class Settings:
     decay_steps: int = 200  # steps of the linear fall to 0 at the end
     weight_decay: float = 0.01  # of matrices; the weights of norms are left alone
     grad_clip: float = 1.0  # longest gradient, as a norm over all parameters
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # of the matrix products; auto: fastest that works
-    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest to work
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
     compile: bool = True  # let torch.compile fuse the layers: a minute at the start, far faster afterwards
     seed: int = 0  # of the initial weights and the order of the data
@@ -67,7 +68,7 @@ class Settings:
     timeout: int = 600  # seconds that devices wait for each other before they give up
     sample_interval: int = 100  # steps between samples of text
     sample_prompt: str = "Once upon a time"  # what the samples continue
-    model: SmolLM2Config = field(default_factory=lambda: SmolLM2Config(vocab_size=0))  # vocab_size 0: as the data has
+    model: SmolLM2Config = field(default_factory=lambda: PRETRAINED)  # vocab_size 0 is that of the data
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
@@ -92,8 +93,7 @@ def choose_device(name, local_rank=0):
 
 
 def choose_dtype(name, device):
-    """The type of a name, or for auto bfloat16 where the hardware multiplies it, float16 on older GPUs, else
-    float32."""
+    """The type of a name; auto is bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":

@@ -34,7 +34,10 @@ def test_precedence(file):
 
 def test_no_argument_is_the_mission():
     assert load_settings("train", train.Settings, []) == train.Settings()
-    assert train.Settings().batch_tokens == 1_048_576
+    for script in (prepare, train, sample):
+        of_file = load_settings(script.__name__, script.Settings, [f"{ROOT}/config/smollm2.py"])
+        of_script = script.Settings(shards="0") if script is prepare else script.Settings()
+        assert of_file == of_script
     assert prepare.Settings().source == "HuggingFaceTB/smollm-corpus/cosmopedia-v2"
 
 

@@ -285,6 +285,12 @@ def test_a_bin_without_its_json_is_left_out(own_data, data, tmp_path):
     assert numbers(own_data / "out") == numbers(tmp_path / data.name / "out")
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"train": {"tokens": 3}}'])
+def test_a_damaged_json(content, own_data):
+    (own_data / "shard-00000.json").write_text(content)
+    assert "shard-00000.json is damaged" in refuse_data(own_data)
+
+
 def test_too_little_data(corpus, data, tmp_path):
     prepared = (f"--source={corpus}", f"--tokenizer={data / 'tokenizer.json'}", f"--data_dir={tmp_path / 'data'}")
     run("prepare.py", *prepared, "--val_fraction=0")
