@@ -75,7 +75,7 @@ class Windows:
         if epoch != self.epoch:
             rng = np.random.default_rng([self.seed, epoch])
             room = [len(bin) - count * self.seq_len for bin, count in zip(self.bins, self.counts, strict=True)]
-            self.offsets = [int(rng.integers(min(self.seq_len, spare))) for spare in room]
+            self.offsets = [int(rng.integers(spare)) for spare in room]
             self.order = rng.permutation(self.per_epoch)
             self.epoch = epoch
         i = int(self.order[i])

@@ -540,7 +540,7 @@ def report(size):
         module = SmolLM2(config)
 
     def line(name, formula, value, unit=""):
-        print(f"  {name:<36}{formula:<26}{value:>17,}{unit}")
+        print(f"  {name:<40}{formula:<26}{value:>17,}{unit}")
 
     print(f"SmolLM2 {size}\n\nA layer")
     for term in layer:

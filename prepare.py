@@ -232,6 +232,8 @@ def write_shard(index, file, tokenizer, record, settings):
     write_whole(folder / f"shard-{index:05d}.json", (json.dumps(record | counts, indent=2) + "\n").encode())
     for split, count in counts.items():
         print(f"shard {index:05d} {split}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
+    if not counts["val"]["tokens"]:
+        print("no document was kept to evaluate on, and train.py needs some: raise --val_fraction", flush=True)
 
 
 def chosen(shards, number_of_files):
@@ -251,7 +253,9 @@ def main(settings):
     os.environ |= {"RAYON_NUM_THREADS": str(settings.num_proc), "TOKENIZERS_PARALLELISM": "true"}
     if not 0 <= settings.val_fraction < 1:
         sys.exit(f"--val_fraction={settings.val_fraction} must be at least 0 and below 1.")
-    files, default = list_files(settings.source, settings.revision, settings.num_proc)
+    if settings.num_proc < 1 or (settings.max_documents or 1) < 1:
+        sys.exit("--num_proc and --max_documents must be at least 1.")
+    files, default = list_files(settings.source, settings.revision)
     shards = chosen(settings.shards or default, len(files))
     os.makedirs(settings.data_dir, exist_ok=True)
     tokenizer, tokenizer_sha256 = get_tokenizer(settings, [files[index] for index in shards])
@@ -284,4 +288,7 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    main(load_settings("prepare", Settings))
+    try:
+        main(load_settings("prepare", Settings))
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on with the shards that are missing")

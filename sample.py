@@ -77,6 +77,7 @@ def check_settings(settings):
     for name, fits, wanted in (
         ("num_samples", settings.num_samples >= 1, "at least 1"),
         ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
+        ("seed", 0 <= settings.seed < 2**63, "0 or above"),
         ("temperature", settings.temperature >= 0, "0 or above"),
         ("top_k", settings.top_k >= 0, "0 or above"),
         ("top_p", 0 < settings.top_p <= 1, "above 0 and at most 1"),

@@ -12,14 +12,12 @@ import importlib.util
 import itertools
 import json
 import logging
-import multiprocessing
 import os
 import re
 import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -35,13 +33,13 @@ class File:
     texts: Callable  # () -> iterator of str, None where a document has no text
 
 
-def list_files(source, revision=None, num_proc=1):
+def list_files(source, revision=None):
     """The files of the source, in the order in which shards are numbered, and which of them are meant by default."""
     if source == "python-docs":
         versions = [f"python {sys.version.split()[0]}"]
         versions += [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "torch")]
-        return [File(source, ", ".join(versions), lambda: python_docs(num_proc))], "0"
-    pattern = os.path.join(source, "**") if os.path.isdir(source) else source
+        return [File(source, ", ".join(versions), python_docs)], "0"
+    pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
     paths = [source] if os.path.isfile(source) else sorted(glob.glob(pattern, recursive=True))
     readers = {".jsonl": jsonl_texts, ".parquet": parquet_texts}
     files = [File(path, fingerprint(path), partial(read, path)) for path in paths
@@ -93,6 +91,8 @@ def hub_errors(what):
         yield
     except Exception as error:
         kinds = {kind.__name__ for kind in type(error).__mro__}
+        if "HFValidationError" in kinds:
+            sys.exit(f"{what} is no path here, and cannot be the name of anything on the hub.")
         if "RevisionNotFoundError" in kinds:
             sys.exit(f"{what}: the hub knows no such --revision.")
         if "RepositoryNotFoundError" in kinds:  # the hub does not tell the two apart, so that names stay private
@@ -136,7 +136,7 @@ def text_of(path):
 
 
 @cache  # a tokenizer may be trained on it first
-def python_docs(num_proc):
+def python_docs():
     """What every reader of this has on disk: Python's language reference, and the longer docstrings of the standard
     library, numpy and torch. The source files are parsed, never imported; each text comes once, in a stable order."""
     library = Path(sysconfig.get_path("stdlib"))
@@ -146,9 +146,7 @@ def python_docs(num_proc):
         path for root in roots for path in sorted(root.rglob("*.py")) if not skip & {*path.relative_to(root).parts}
     ]
     topics = ast.parse((library / "pydoc_data" / "topics.py").read_bytes()).body[-1].value  # a literal dict
-    with ProcessPoolExecutor(num_proc, multiprocessing.get_context("spawn")) as pool:
-        docstrings = pool.map(docstrings_of, paths, chunksize=32)
-        return list(dict.fromkeys(itertools.chain(ast.literal_eval(topics).values(), *docstrings)))
+    return list(dict.fromkeys(itertools.chain(ast.literal_eval(topics).values(), *map(docstrings_of, paths))))
 
 
 def docstrings_of(path, at_least=200):

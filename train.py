@@ -68,15 +68,18 @@ class Settings:
     timeout: int = 600  # seconds that devices wait for each other before they give up
     sample_interval: int = 100  # steps between samples of text
     sample_prompt: str = "Once upon a time"  # what the samples continue
-    model: SmolLM2Config = field(default_factory=lambda: PRETRAINED)  # vocab_size 0 is that of the data
+    model: SmolLM2Config = field(
+        default_factory=lambda: PRETRAINED
+    )  # architecture; a vocab_size of 0 is that of the data
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
 
 # Dense 16-bit matrix products, in operations a second, from the makers' data sheets: what MFU is a fraction of.
-PEAK_FLOPS = {
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "L40S": 362e12,
-    "L4": 121e12, "V100": 125e12, "T4": 65e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+PEAK_FLOPS = {  # the first name that is part of the device's counts
+    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
+    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
 
 
@@ -86,8 +89,8 @@ def choose_device(name, local_rank=0):
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         sys.exit(f"--device={name} cannot be used here: {str(error).splitlines()[0]}")
     return device
 
@@ -104,7 +107,8 @@ def choose_dtype(name, device):
 
 def can_compile(device):
     """Whether torch.compile has the compiler that it needs: on a CPU one for C++, which not every machine has."""
-    return device.type != "cpu" or any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++", "cl")))
+    compiler = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    return device.type == "cuda" or (device.type == "cpu" and shutil.which(os.environ.get("CXX", compiler)))
 
 
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
@@ -155,6 +159,9 @@ def check_settings(settings, world_size):
                  "save_interval", "keep_checkpoints"):  # fmt: skip
         if getattr(settings, name) < 1:
             sys.exit(f"--{name}={getattr(settings, name)} must be at least 1.")
+    for name in ("seed", "weight_decay", "warmup_steps", "decay_steps"):
+        if not 0 <= getattr(settings, name) < 2**63:
+            sys.exit(f"--{name}={getattr(settings, name)} must be 0 or above.")
     for name in ("learning_rate", "grad_clip"):
         if not 0 < getattr(settings, name) < math.inf:
             sys.exit(f"--{name}={getattr(settings, name)} must be a number above 0.")
@@ -224,7 +231,10 @@ def main(settings):
     bytes_per_token = sum(split["bytes"] for split in val) / sum(split["tokens"] for split in val)
     data_vocab = max(shard["vocab_size"] for shard in shards.values())
     tokenizer_file = os.path.join(settings.data_dir, "tokenizer.json")
+    if not os.path.exists(tokenizer_file):
+        sys.exit(f"{tokenizer_file} is missing, which prepare.py writes beside the bins.")
     tokenizer = Tokenizer.from_file(tokenizer_file)
+    end_of_text = tokenizer.token_to_id("<|endoftext|>")
 
     # Model: of the run's newest checkpoint, of another checkpoint, or new.
     out_dir = Path(settings.out_dir)
@@ -242,7 +252,8 @@ def main(settings):
         if checkpoint or settings.init_from != "scratch":
             model = SmolLM2.from_pretrained(checkpoint or settings.init_from)
         else:
-            model = SmolLM2(dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or data_vocab))
+            config = dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or data_vocab)
+            model = SmolLM2(dataclasses.replace(config, bos_token_id=end_of_text, eos_token_id=end_of_text))
     except ValueError as error:
         sys.exit(str(error))
     config = model.config
@@ -251,7 +262,7 @@ def main(settings):
                  f"for the {data_vocab} tokens of the data, or for seq_len = {settings.seq_len}.")  # fmt: skip
     model.to(device)
     if settings.compile and not can_compile(device):
-        say("training without torch.compile, for which this machine has no C++ compiler")
+        say("training without torch.compile: it needs a CUDA device, or a C++ compiler for the CPU")
     elif settings.compile:
         for layer in model.model.layers:  # compiled once: all layers are the same function of their weights
             layer.compile(dynamic=False)
@@ -267,7 +278,8 @@ def main(settings):
     if state:
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # empty, unless the run was in float16
+            scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["rng"])
     if rank == 0:
         out_dir.mkdir(parents=True, exist_ok=True)
@@ -335,6 +347,7 @@ def main(settings):
         """Ctrl-C, and a scheduler's SIGTERM, let the step end and be saved; the second one stops at once."""
         nonlocal asked_to_stop
         asked_to_stop = True
+        say("stopping after this step, to save it; ask again to stop at once")
         signal.signal(number, signal.SIG_DFL)
 
     signal.signal(signal.SIGINT, ask_to_stop)
@@ -346,6 +359,8 @@ def main(settings):
     say(f"{sequences} windows of {settings.seq_len} tokens a step, {train_windows.per_epoch:,} in an epoch")
     if checkpoint:
         say(f"resumed from {checkpoint}")
+    if settings.warmup_steps + settings.decay_steps > settings.max_steps:
+        say("with more warmup_steps and decay_steps than max_steps, the learning rate does not reach its peak")
     first_step, bad_steps, timed_steps, seconds, stopping, saved = step, 0, 0, 0.0, False, True
     if step == 0:
         log(**evaluate())
@@ -378,7 +393,7 @@ def main(settings):
             dist.all_reduce(report)
         loss, grad_norm, stopping = report.tolist()
 
-        # Step, unless the numbers are none: a NaN would stay in the weights for ever.
+        # Step, unless loss or gradient is NaN or infinite, which would stay in the weights for ever.
         if math.isfinite(loss) and math.isfinite(grad_norm):
             bad_steps = 0
             for optimizer in optimizers:
@@ -387,8 +402,9 @@ def main(settings):
             bad_steps += 1
             say(f"step {step + 1} is skipped: its loss is {loss}, its grad_norm {grad_norm}")
             if bad_steps == settings.max_bad_steps:
-                sys.exit(f"{bad_steps} steps in a row gave no numbers: lower --learning_rate, or try --dtype=float32, "
-                         f"from the last good checkpoint, {newest_checkpoint(out_dir)}.")  # fmt: skip
+                good = newest_checkpoint(out_dir) or "none yet"
+                sys.exit(f"{bad_steps} steps in a row were NaN or infinite; the last good checkpoint is {good}: go on from "
+                         "it with a lower --learning_rate, or with --dtype=float32.")  # fmt: skip
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
@@ -404,7 +420,8 @@ def main(settings):
             timed_steps, seconds = 0, 0.0
         if rank == 0 and settings.sample_interval and step % settings.sample_interval == 0 and not stopping:
             say(f"\n{sample()}\n")
-        if rank == 0 and (finished or stopping or step % settings.save_interval == 0):
+        due = step % settings.save_interval == 0 and not bad_steps  # what led to a bad step may be bad already
+        if rank == 0 and (finished or stopping or due):
             state = {"step": step, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                      "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
                      "settings": dataclasses.asdict(settings), "data": shards}  # fmt: skip

@@ -18,13 +18,14 @@ import tyro
 def load_settings(section, cls, argv=None):
     """The dataclass cls from the section of a file and the command line; exits with one sentence if they do not fit."""
     args = list(sys.argv[1:] if argv is None else argv)
-    if args and not args[0].startswith("-"):
-        args = file_arguments(args.pop(0), section) + args
+    if files := [arg for arg in args if not arg.startswith("-")]:
+        args.remove(files[0])
+        args = file_arguments(files[0], section) + args
     known = argument_names(cls())
     for arg in args:
         name = arg.split("=")[0]
         if name not in known and name not in ("-h", "--help"):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
             sys.exit(f"{arg!r} is not a setting of {section}.py, as --name=value; {hint}")
     return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
@@ -38,7 +39,9 @@ def file_arguments(path, section):
         values = runpy.run_path(path)
     except Exception as error:
         sys.exit(f"{path} cannot be run as Python: {type(error).__name__}: {error}")
-    return [f"--{name}={value}" for name, value in flatten(values.get(section, {}))]
+    if not isinstance(values.get(section), dict):
+        sys.exit(f"{path} has no section for this script: {section} = dict(...)")
+    return [f"--{name}={value}" for name, value in flatten(values[section])]
 
 
 def argument_names(settings):

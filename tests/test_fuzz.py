@@ -20,7 +20,8 @@ names = st.sampled_from(
 )
 texts = st.text(max_size=20) | st.sampled_from(["1", "-1", "1e-3", "True", "None", "nan", "adamw", "{}", "[]", "a b"])
 arguments = st.builds("--{}={}".format, names, texts) | st.text(max_size=20)
-scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+halves = st.text(st.characters(exclude_categories=()), max_size=9)  # half characters among them, which JSON can spell
+scalars = st.none() | st.booleans() | st.integers() | st.floats() | halves
 values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
 )
@@ -42,9 +43,13 @@ def folder(tmp_path_factory):
 
 
 @many
-@given(changes=st.dictionaries(st.sampled_from(keys) | st.text(max_size=9), values, max_size=3))
-def test_config_json(folder, changes):
+@given(
+    changes=st.dictionaries(st.sampled_from(keys) | st.text(max_size=9), values, max_size=3),
+    rope=st.none() | st.fixed_dictionaries({"rope_type": values | st.just("default"), "rope_theta": values}),
+)
+def test_config_json(folder, changes, rope):
     config = dataclasses.asdict(SmolLM2Config()) | {"initializer_range": 0.04, "rope_parameters": {"rope_theta": 10}}
+    config |= {"rope_parameters": rope} if rope is not None else {}
     (folder / "config.json").write_text(json.dumps(config | changes))
     with contextlib.suppress(ValueError):
         SmolLM2Config.from_pretrained(folder).check()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import SMALL, metrics, refused, run
 from safetensors.torch import load_file
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
@@ -103,6 +104,10 @@ def test_epochs_differ_in_order_and_offset_and_seeds_too():
     epochs = [[window[0] for window in windows_of_an_epoch(bins, 10, epoch)] for epoch in range(4)]
     assert len({start % 10 for starts in epochs for start in starts}) > 1
     assert all(len({start % 10 for start in starts}) == 1 for starts in epochs)
+    starts = {
+        start for epoch in range(200) for start in (w[0] for w in windows_of_an_epoch([np.arange(39)], 10, epoch))
+    }
+    assert max(starts) + 10 == 38, "the last tokens of a bin are never seen"
     assert epochs[0] != sorted(epochs[0])
     assert epochs[0] != [window[0] for window in windows_of_an_epoch(bins, 10, 0, seed=1)]
 
@@ -240,3 +245,20 @@ def test_bad_settings(argument, answer, tmp_path, data):
 def test_a_larger_vocabulary_is_allowed(tmp_path, data):
     trainer(data, tmp_path, "--model.vocab_size=512", "--max_steps=1")
     assert values(tmp_path, "val_loss")[0] == pytest.approx(math.log(512), rel=0.02)
+
+
+def test_a_run_goes_on_in_another_type(tmp_path, data):
+    for steps, dtype in ((2, "float32"), (4, "float16"), (6, "float32")):
+        trainer(data, tmp_path, f"--max_steps={steps}", f"--dtype={dtype}", "--resume=True")
+    assert max(values(tmp_path, "loss")) == 6
+
+
+def test_the_end_of_text_is_that_of_the_tokenizer(tmp_path, data):
+    """A tokenizer that has <|endoftext|> last instead of first."""
+    tokenizer = Tokenizer(models.WordLevel({f"w{number}": number for number in range(64)}, "w0"))
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json.new"))
+    write_shard(tmp_path, 0, [*range(64)] * 20, [*range(64)] * 2, 65, tmp_path / "tokenizer.json.new")
+    trainer(tmp_path, tmp_path / "out", "--max_steps=1")
+    config = json.loads((tmp_path / "out" / "checkpoint-000001" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == 64
