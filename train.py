@@ -64,13 +64,11 @@ class Settings:
     eval_tokens: int = 1_048_576  # tokens of the validation data to evaluate on, the same each time
     save_interval: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
-    max_bad_steps: int = 10  # stop after so many steps in a row whose loss or gradient is no number
+    max_bad_steps: int = 10  # stop after so many steps in a row whose loss or gradient is NaN or infinite
     timeout: int = 600  # seconds that devices wait for each other before they give up
     sample_interval: int = 100  # steps between samples of text
     sample_prompt: str = "Once upon a time"  # what the samples continue
-    model: SmolLM2Config = field(
-        default_factory=lambda: PRETRAINED
-    )  # architecture; a vocab_size of 0 is that of the data
+    model: SmolLM2Config = field(default_factory=lambda: PRETRAINED)  # architecture; vocab_size 0: that of the data
 
 
 # ---- Devices --------------------------------------------------------------------------------------------------------
@@ -314,7 +312,7 @@ def main(settings):
             return tokenizer.decode(prompt[0].tolist() + [token.item() for token in new])
 
     def log(loss=None, rate=None, grad_norm=None, **evaluation):
-        """A line on the screen, and one in metrics.jsonl, where null is what was not measured or is no number."""
+        """A line on the screen, and one in metrics.jsonl, where null is what was not measured or not finite."""
         speed = timed_steps * settings.batch_tokens / seconds if timed_steps else None
         mfu = (
             speed * training_flops(config, settings.seq_len) / (peak_flops * world_size)
@@ -403,8 +401,8 @@ def main(settings):
             say(f"step {step + 1} is skipped: its loss is {loss}, its grad_norm {grad_norm}")
             if bad_steps == settings.max_bad_steps:
                 good = newest_checkpoint(out_dir) or "none yet"
-                sys.exit(f"{bad_steps} steps in a row were NaN or infinite; the last good checkpoint is {good}: go on from "
-                         "it with a lower --learning_rate, or with --dtype=float32.")  # fmt: skip
+                sys.exit(f"{bad_steps} steps in a row were NaN or infinite; the last good checkpoint is {good}: go on "
+                         "from it with a lower --learning_rate, or with --dtype=float32.")  # fmt: skip
         scaler.update()
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=True)
