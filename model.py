@@ -383,7 +383,7 @@ class SmolLM2(nn.Module):
 
     # The loss is the mean of -ln p(next token). Whoever guesses among V tokens pays ln V: ln 49,152 = 10.80 is where
     # the first step must stand, and a first loss that is far from it is the earliest sign of a bug. So is its opposite,
-    # a loss near 0 on text never seen: real text cannot be foreseen like that, and the model must have seen the targets.
+    # a loss near 0 on text never seen: real text cannot be foreseen like that, so the targets leaked.
     #
     # The scores are the largest tensor of the whole training step: 49,152 for each token, 85 times as wide as the
     # residual stream.
