@@ -186,7 +186,8 @@ def save_checkpoint(out_dir, step, model, tokenizer_file, state, keep):
         write_json(
             temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special | length
         )
-        torch.save(state, temporary / "trainer_state.pt")
+        with open(temporary / "trainer_state.pt", "wb") as file:  # Python's file says what is wrong with the disk
+            torch.save(state, file)
         for path in temporary.iterdir():
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
