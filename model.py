@@ -194,20 +194,22 @@ def rotate(x, cos, sin):
 
 
 class KVCache:
-    """The keys and values of one layer for the positions seen so far: room for a fixed number, written in place."""
+    """The keys and values of one layer: slots for a fixed number of positions, written in place.
 
-    def __init__(self, config, batch_size, num_positions, dtype, device):
-        shape = (batch_size, config.num_key_value_heads, num_positions, config.head_dim)
-        self.keys = torch.empty(shape, dtype=dtype, device=device)  # (B, K, room, D)
-        self.values = torch.empty(shape, dtype=dtype, device=device)
-        self.length = 0
+    What attention reads is always all of it, and a mask hides the slots that are still empty. So shapes and addresses
+    are the same for every token, which a compiler asks for, and a GPU that is to repeat a recorded step.
+    """
 
-    def update(self, keys, values):
-        """Append keys and values (B, K, T, D); return those of all positions so far, (B, K, S, D)."""
-        start, self.length = self.length, self.length + keys.size(2)
-        self.keys[:, :, start : self.length] = keys
-        self.values[:, :, start : self.length] = values
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
+    def __init__(self, config, batch_size, num_slots, dtype, device):
+        shape = (batch_size, config.num_key_value_heads, num_slots, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (B, K, S, D); 0, for what is hidden counts 0 times
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    def update(self, slots, keys, values):
+        """Write keys and values (B, K, T, D) into slots (T,); return those of all slots, (B, K, S, D)."""
+        self.keys.index_copy_(2, slots, keys.type_as(self.keys))
+        self.values.index_copy_(2, slots, values.type_as(self.values))
+        return self.keys, self.values
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -241,19 +243,17 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.head_dim = D
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
+    def forward(self, x, cos, sin, mask=None, cache=None, slots=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, K, S, D)
-        # PyTorch's fused kernel: the T x S weights of a head are never in memory at once. A single token may look at
-        # everything in the cache; several tokens without a mask are a text from its beginning.
-        causal = mask is None and T > 1
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=True)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+            k, v = cache.update(slots, k, v)  # (B, K, S, D)
+        # PyTorch's fused kernel: the T x S weights of a head are never in memory at once.
+        y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=True)
+        return self.o_proj(y.type_as(x).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
 # ---- The MLP --------------------------------------------------------------------------------------------------------
@@ -294,8 +294,8 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
+    def forward(self, x, cos, sin, mask=None, cache=None, slots=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, slots)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x  # (B, T, C)
 
@@ -362,23 +362,28 @@ class SmolLM2(nn.Module):
         hidden = self.hidden_states(input_ids)  # (B, T, C)
         return self.lm_head(hidden) if targets is None else self.loss(hidden, targets)
 
-    def hidden_states(self, input_ids, caches=None):
-        """The residual stream after the last norm: (B, T) -> (B, T, C). With caches, input_ids continue what they hold.
+    def hidden_states(self, input_ids, caches=None, slots=None, padding=None):
+        """The residual stream after the last norm: (B, T) -> (B, T, C).
 
-        Raises ValueError beyond max_position_embeddings.
+        With caches, one for each layer, the tokens go to slots (T,) of them and see what is in all slots up to theirs,
+        but for the first padding (B, 1) of a row, where its text has not begun. Raises ValueError beyond
+        max_position_embeddings.
         """
-        T, past, room = input_ids.size(1), caches[0].length if caches else 0, self.config.max_position_embeddings
-        if past + T > room:
-            raise ValueError(f"{past + T} tokens are more than the {room} of max_position_embeddings")
-        positions = torch.arange(past, past + T, device=input_ids.device)  # (T,)
-        cos, sin = rotary_tables(positions, self.config)  # the same for all layers
-        mask = None
-        if past and T > 1:  # several new tokens behind a filled cache: each sees the past, itself and those between
-            mask = torch.arange(past + T, device=input_ids.device) <= positions[:, None]  # (T, S)
+        T, room = input_ids.size(1), self.config.max_position_embeddings
+        S = caches[0].keys.size(2) if caches else T
+        if S > room:
+            raise ValueError(f"{S} tokens are more than the {room} of max_position_embeddings")
+        if caches is None:  # a whole text, of which each token sees itself and those before it
+            slots, mask, caches = torch.arange(T, device=input_ids.device), None, [None] * len(self.model.layers)
+        else:
+            all_slots = torch.arange(S, device=input_ids.device)
+            first = torch.minimum(padding, slots)  # (B, T); padding has to see something, so it sees itself
+            mask = (first[:, None, :, None] <= all_slots) & (all_slots <= slots[:, None])  # (B, 1, T, S)
+        cos, sin = rotary_tables(slots, self.config)  # the same for all layers
 
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
-        for i, layer in enumerate(self.model.layers):
-            x = layer(x, cos, sin, mask, caches[i] if caches else None)
+        for layer, cache in zip(self.model.layers, caches, strict=True):
+            x = layer(x, cos, sin, mask, cache, slots)
         return self.model.norm(x)
 
     # The loss is the mean of -ln p(next token). Whoever guesses among V tokens pays ln V: ln 49,152 = 10.80 is where
@@ -394,39 +399,57 @@ class SmolLM2(nn.Module):
 
     # ---- Generation -------------------------------------------------------------------------------------------------
     #
-    # A language model writes by asking itself for the next token, again and again. The prompt goes through the model at
-    # once and fills the cache; from then on each step feeds one token.
+    # A language model writes by asking itself for the next token, again and again. The prompts go through the model at
+    # once and fill the cache; from then on each step feeds one token of each. Prompts of different lengths are set
+    # flush right, so that all go on in the same slot. What stands to the left of a shorter one is never looked at; that
+    # its positions do not begin at 0 makes no difference, since only distances count.
 
     @torch.inference_mode()
     def generate(
         self, input_ids, max_new_tokens=128, temperature=0.8, top_k=40, top_p=1.0, eos_token_id=0, generator=None
     ):
-        """Continue the prompts input_ids (B, T) int64: yields (B,) int64, the next token of each, step by step.
+        """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
         A row that has made eos_token_id goes on yielding it, and when all have, generation ends; None never ends it.
-        The other arguments are those of `choose`. Raises ValueError when prompt and new tokens together pass
-        max_position_embeddings.
+        The other arguments are those of `choose`. Raises ValueError for an empty prompt, and when prompt and new tokens
+        together pass max_position_embeddings.
         """
-        B, T = input_ids.shape
-        room = self.config.max_position_embeddings
-        if T == 0:
+        weight, room = self.lm_head.weight, self.config.max_position_embeddings
+        prompts = [torch.as_tensor(row, device=weight.device) for row in input_ids]
+        T = max(len(row) for row in prompts)
+        if min(len(row) for row in prompts) == 0:
             raise ValueError("the prompt is empty: begin with bos_token_id")
         if T + max_new_tokens > room:
             raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
-        weight = self.model.embed_tokens.weight
-        caches = [KVCache(self.config, B, T + max_new_tokens, weight.dtype, weight.device) for _ in self.model.layers]
-        finished = torch.zeros(B, dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            hidden = self.hidden_states(input_ids, caches)  # (B, T, C), T = 1 after the first step
-            logits = self.lm_head(hidden[:, -1])  # (B, V)
-            token = choose(logits, temperature, top_k, top_p, generator)  # (B,)
+        padding = torch.tensor([[T - len(row)] for row in prompts], device=weight.device)  # (B, 1)
+        prompts = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
+
+        # A CPU reads 16-bit weights in half the time, but has to widen 16-bit keys before it can multiply them.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        shape = (len(prompts), T + max_new_tokens, dtype, weight.device)
+        caches = [KVCache(self.config, *shape) for _ in self.model.layers]
+        tokens, slots = prompts, torch.arange(T, device=weight.device)
+
+        def step():
+            return self.lm_head(self.hidden_states(tokens, caches, slots, padding)[:, -1])  # (B, V)
+
+        logits = step()
+        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token of each, in the same place
+        finished = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
+        for i in range(max_new_tokens):
+            if i == 1 and weight.device.type == "cuda":
+                step = recorded(step)
+            if i:
+                logits = step()
+            new = choose(logits, temperature, top_k, top_p, generator)  # (B,)
             if eos_token_id is not None:
-                token = token.masked_fill(finished, eos_token_id)
-                finished |= token == eos_token_id
-            yield token
+                new = new.masked_fill(finished, eos_token_id)
+                finished |= new == eos_token_id
+            yield new
             if eos_token_id is not None and finished.all():
                 return
-            input_ids = token[:, None]  # (B, 1)
+            tokens.copy_(new[:, None])
+            slots += 1
 
     # ---- Loading and saving -----------------------------------------------------------------------------------------
     #
@@ -457,6 +480,28 @@ class SmolLM2(nn.Module):
         write_model(folder, dataclasses.asdict(self.config) | derived, dict(self.named_parameters()))
 
 
+def recorded(step):
+    """The step as a recording on a GPU: returns a function that runs it again on the same memory.
+
+    A step of the 135M launches hundreds of kernels, each of which takes the GPU less time than Python takes to launch
+    it. A recording is launched as one.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # not recorded: what libraries set up on their first call
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
 def choose(logits, temperature, top_k, top_p, generator=None):
     """Draw the next token: (B, V) -> (B,) int64.
 
@@ -466,16 +511,12 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.size(-1):
-        kth_best = logits.topk(top_k).values[:, -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth_best, -math.inf)
-    probabilities = logits.softmax(-1)  # (B, V)
+    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k) each, the likeliest first
+    probabilities = (best.float() / temperature).softmax(-1)  # (B, k)
     if top_p < 1:
-        ranked, order = probabilities.sort(descending=True)
-        superfluous = ranked.cumsum(-1) - ranked >= top_p  # those ranked higher suffice
-        probabilities = probabilities.masked_fill(superfluous.scatter(-1, order, superfluous), 0)
-    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)
+        superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
+        probabilities = probabilities.masked_fill(superfluous, 0)
+    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
 # ---- Counting -------------------------------------------------------------------------------------------------------

@@ -204,9 +204,26 @@ def test_cached_generation_equals_uncached_and_transformers(model, ids, tmp_path
 
 
 def test_a_text_in_pieces_through_the_cache_gives_the_same(model, ids):
-    caches = [KVCache(model.config, 2, 33, torch.float32, "cpu") for _ in model.model.layers]
-    pieces = [model.hidden_states(ids[:, a:b], caches) for a, b in ((0, 10), (10, 11), (11, 33))]
+    caches = [KVCache(model.config, 2, 40, torch.float32, "cpu") for _ in model.model.layers]
+    none = torch.zeros(2, 1, dtype=torch.long)
+    cuts = ((0, 10), (10, 11), (11, 33))
+    pieces = [model.hidden_states(ids[:, a:b], caches, torch.arange(a, b), none) for a, b in cuts]
     assert torch.allclose(torch.cat(pieces, 1), model.hidden_states(ids), atol=1e-5)
+
+
+def test_prompts_of_different_lengths_are_continued_as_if_alone(model, ids):
+    prompts = [ids[0, :3].tolist(), ids[1, :12].tolist(), ids[0, 5:6].tolist()]
+    together = greedy(model, prompts, 20)
+    for prompt, row in zip(prompts, together, strict=True):
+        assert torch.equal(greedy(model, [prompt], 20)[0], row)
+
+
+def test_compiled_layers_write_the_same(model, ids):
+    eager = greedy(model, ids[:, :5], 10)
+    for layer in model.model.layers:
+        layer.compile()
+    assert torch.equal(greedy(model, ids[:, :5], 10), eager)
+    assert torch.equal(greedy(model, ids[:, :9], 10)[:, :1], model(ids[:, :9])[:, -1:].argmax(-1))
 
 
 def test_no_token_sees_a_later_one(model, ids):
@@ -229,6 +246,8 @@ def test_generation_ends_at_the_end_token(model, ids):
 def test_too_many_positions_are_refused(model, ids):
     with pytest.raises(ValueError, match="64"):
         list(model.generate(ids, 32))
+    with pytest.raises(ValueError, match="empty"):
+        list(model.generate([[1, 2], []], 5))
     with pytest.raises(ValueError, match="max_position_embeddings"):
         model(torch.zeros(1, 65, dtype=torch.long))
 
