@@ -1,0 +1,523 @@
+"""Speed, side by side with what people use instead, on the machine it runs on.
+
+    python bench.py all                     everything there is to measure; hours on a CPU, minutes on a GPU
+    python bench.py train --size=135m       a training step against transformers, as it comes and compiled
+    python bench.py sample                  generation against transformers and, with --gguf=FILE, llama.cpp
+    python bench.py prepare                 tokenizing against the tokenizer alone, and against datasets.map
+    python bench.py load                    reading batches against streaming and tokenizing them
+    python bench.py learn                   time to a loss: the settings of config/tiny.py against plain AdamW
+    python bench.py start                   seconds from the command to the first step, nothing compiled before
+    python bench.py ranks                   two processes against one
+
+A machine's speed drifts, so seconds say little and ratios more: the contestants take turns, and each round gives a ratio. The
+table shows the median of the rounds and their range. Results are kept in bench/results-DEVICE.json.
+
+It needs requirements-dev.txt. Comparing with llama.cpp needs `pip install llama-cpp-python` and a file made by its converter.
+"""
+
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+
+import sample
+from bins import Windows, open_bins, to_device
+from model import SmolLM2, SmolLM2Config, training_flops
+from train import PEAK_FLOPS, choose_device, choose_dtype, compile_parts, keep_freed_memory, make_optimizers
+from train import Settings as TrainSettings
+
+ROOT = Path(__file__).parent
+
+
+@dataclass
+class Settings:
+    """Measure speed, side by side with what people use instead."""
+
+    what: tyro.conf.Positional[Literal["all", "train", "sample", "prepare", "load", "learn", "start", "ranks"]]
+    size: Literal["135m", "360m", "1.7b"] = "135m"  # of the model to train and to sample from
+    rounds: int = 5  # turns that each contestant takes
+    seq_len: int | None = None  # tokens of a training window; unset: 512 on a CPU, 2048 on a GPU
+    micro_batches: tuple[int, ...] | None = None  # windows at once, of which the best counts; unset: 2, or 8 to 64
+    batch_sizes: tuple[int, ...] | None = None  # texts to generate at once; unset: 1, and on a GPU 64
+    gguf: str | None = None  # the model of that size, as llama.cpp's convert_hf_to_gguf.py made it with --outtype=bf16
+    tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # to prepare with: hub id or path
+    megabytes: int = 100  # of text to prepare
+    device: str = "auto"  # cuda, mps or cpu
+
+
+# ---- Measuring ------------------------------------------------------------------------------------------------------
+
+
+class Contestant:
+    """A function in a process of its own: make(*args) makes it there, and what it allocates is nobody else's."""
+
+    def __init__(self, make, *args):
+        self.process = ProcessPoolExecutor(1, get_context("spawn"), initializer=enter, initargs=(make, args))
+
+    def __call__(self, function, *args):
+        """What function(the contestant, *args) returns in its process."""
+        return self.process.submit(ask, function, args).result()
+
+
+def enter(make, args):
+    global contestant
+    contestant = make(*args)
+
+
+def ask(function, args):
+    return function(contestant, *args)
+
+
+def seconds(function):
+    """How long a call takes, with all that it has a GPU do; memory is left to the next."""
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def warm_seconds(function, calls=3):
+    """The median of some calls after one that does not count; then a GPU's memory is left to the next contestant."""
+    function()
+    median = statistics.median(seconds(function) for _ in range(calls))
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return median
+
+
+def run(function):
+    return function()
+
+
+def take_turns(contestants, rounds, clock=seconds):
+    """{name: Contestant} -> {name: [seconds of each round]}"""
+    times = {name: [] for name in contestants}
+    for _ in range(rounds):
+        for name, contestant in contestants.items():
+            times[name].append(contestant(clock))
+    return times
+
+
+def compare(ours, theirs, what, against, amount, unit):
+    """A row of the table: rounds of seconds on both sides, and the amount of work that was done in each."""
+    ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
+    row = {"what": what, "against": against, "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
+           "ours": amount / statistics.median(ours), "theirs": amount / statistics.median(theirs), "unit": unit}  # fmt: skip
+    print(f"{what} / {against}: {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}); "
+          f"{row['ours']:,.1f} and {row['theirs']:,.1f} {unit}", flush=True)  # fmt: skip
+    return row
+
+
+def script(*args, **environment):
+    """Run one of the project's scripts, or another command; returns its output, [(seconds since the start, line)]."""
+    command = [sys.executable, *args] if str(args[0]).endswith(".py") else list(args)
+    start, lines = time.perf_counter(), []
+    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    for line in process.stdout:
+        lines.append((time.perf_counter() - start, line.rstrip()))
+    if process.wait():
+        sys.exit("\n".join([" ".join(map(str, command)), *(line for _, line in lines[-20:])]))
+    return lines
+
+
+# ---- Training -------------------------------------------------------------------------------------------------------
+
+
+def trainer(name, size, seq_len, micro_batch, device_name):
+    """A contestant: a function that takes one step of training, on random tokens, and returns the loss."""
+    device = choose_device(device_name)
+    dtype = choose_dtype("auto", device)
+    torch.set_float32_matmul_precision("high")
+    torch.manual_seed(0)
+    config = model_config(size)
+    with torch.device(device):
+        model = SmolLM2(config)
+        tokens = torch.randint(0, config.vocab_size, (micro_batch, seq_len))
+    optimizer = make_optimizers(model, TrainSettings())[0]
+    if name.startswith("transformers"):
+        model = in_transformers(model, torch.float32)
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
+        run = torch.compile(model, dynamic=False) if "compile" in name else model
+        loss_of = lambda: run(tokens, labels=tokens, use_cache=False).loss  # noqa: E731  it shifts the labels itself
+    else:
+        keep_freed_memory()
+        compile_parts(model)
+        targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -100)), 1)
+        loss_of = lambda: model(tokens, targets)  # noqa: E731
+
+    def step():
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    return step
+
+
+def model_config(size):
+    return getattr(SmolLM2Config, f"smollm2_{size.replace('.', '_')}")()
+
+
+def in_transformers(model, dtype):
+    """The same weights in transformers' LlamaForCausalLM."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    theirs = LlamaForCausalLM(LlamaConfig(**asdict(model.config) | {"initializer_range": 0.02}))
+    theirs.load_state_dict(model.state_dict())
+    return theirs.to(model.lm_head.weight.device, dtype)
+
+
+def peak_memory(step):
+    """Bytes of memory at the peak of a step, when all is there that will be."""
+    step()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: forget the peak so far
+    step()
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+
+def bench_train(settings, device):
+    cuda = device.type == "cuda"
+    seq_len = settings.seq_len or (2048 if cuda else 512)
+    micro_batches = settings.micro_batches or ((8, 16, 32, 64) if cuda else (2,))
+    contestants, sizes, memory = {}, {}, {}
+    for name in ("ours", "transformers", "transformers, compiled"):
+        speeds = {}
+        for micro_batch in micro_batches:  # which suits it best; what does not fit into memory is out
+            contestant = Contestant(trainer, name, settings.size, seq_len, micro_batch, settings.device)
+            with contextlib.suppress(torch.OutOfMemoryError):
+                if micro_batch == micro_batches[0]:
+                    memory[name] = contestant(peak_memory)
+                    contestants[name], sizes[name] = contestant, micro_batch
+                if len(micro_batches) > 1:
+                    speeds[micro_batch] = micro_batch * seq_len / contestant(warm_seconds)
+                    print(f"{name}, micro-batch {micro_batch}: {speeds[micro_batch]:,.0f} tokens/s", flush=True)
+                    if speeds[micro_batch] == max(speeds.values()):
+                        contestants[name], sizes[name] = contestant, micro_batch
+    names = [name for name in contestants if name != "ours"]
+    times = take_turns(contestants, settings.rounds, warm_seconds)
+    per_token = {name: [t / (sizes[name] * seq_len) for t in times[name]] for name in times}
+    label = f"training, {settings.size}, length {seq_len}"
+    rows = [compare(per_token["ours"], per_token[name], label, name, 1, "tokens/s") for name in names]
+    peak = next((flops for name, flops in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()), None)
+    if peak:
+        mfu = training_flops(model_config(settings.size), seq_len) / statistics.median(per_token["ours"]) / peak
+        rows.append({"what": label, "against": "peak of the device", "ratio": mfu, "unit": "MFU"})
+    for name in names:
+        rows.append({"what": f"peak memory, {settings.size}, {micro_batches[0]} x {seq_len}", "against": name,
+                     "ratio": memory["ours"] / memory[name], "ours": memory["ours"] / 1e9, "theirs": memory[name] / 1e9,
+                     "unit": "GB"})  # fmt: skip
+    return rows
+
+
+# ---- Generation -----------------------------------------------------------------------------------------------------
+
+
+def generator(name, size, batch_size, device_name, gguf=None):
+    """A contestant: writes 128 tokens after a prompt of 16, always the likeliest, in the 16-bit type that suits it."""
+    device, new = choose_device(device_name), 128
+    torch.manual_seed(0)
+    model = SmolLM2(model_config(size)).to(device)
+    prompt = torch.randint(1, model.config.vocab_size, (batch_size, 16), device=device)
+    if name == "llama.cpp":
+        from llama_cpp import Llama
+
+        llama = Llama(gguf, n_ctx=prompt.size(1) + new, n_threads=torch.get_num_threads(), verbose=False)
+
+        def generate():
+            llama.reset()
+            tokens = llama.generate(prompt[0].tolist(), temp=0.0)
+            for _ in range(new):
+                next(tokens)
+            tokens.close()
+    elif name == "ours":
+        model.to(sample.choose_dtype("auto", device))
+        if device.type == "cuda":
+            for layer in model.model.layers:
+                layer.compile()
+
+        def generate():
+            return len(list(model.generate(prompt, new, temperature=0, eos_token_id=None)))
+    else:
+        theirs, cache = in_transformers(model, torch.bfloat16).eval(), name.split(", ")[1].split()[0]
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+                       cache_implementation=cache, attention_mask=torch.ones_like(prompt))  # fmt: skip
+
+        def generate():
+            theirs.generate(prompt, **options)
+
+    return generate
+
+
+def bench_sample(settings, device):
+    rows = []
+    for batch_size in settings.batch_sizes or ((1, 64) if device.type == "cuda" else (1,)):
+        names = ["ours", "transformers, dynamic cache", "transformers, static cache"]
+        if settings.gguf and batch_size == 1:
+            names.append("llama.cpp")
+        contestants = {name: Contestant(generator, name, settings.size, batch_size, settings.device, settings.gguf)
+                       for name in names}  # fmt: skip
+        take_turns(contestants, 1)
+        times = take_turns(contestants, settings.rounds)
+        label = f"generation, {settings.size}, batch {batch_size}"
+        rows += [compare(times["ours"], times[name], label, name, 128 * batch_size, "tokens/s") for name in names[1:]]
+    return rows
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+
+def corpus(folder, megabytes):
+    """A parquet file of about so much text, from the Python files of this environment, and the texts."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    texts, left = [], megabytes * 10**6
+    for path in sorted(Path(torch.__file__).parents[1].rglob("*.py")):
+        text = path.read_text(errors="replace")
+        texts += [text] if text.strip() else []
+        left -= len(text)
+        if left < 0:
+            break
+    pq.write_table(pa.table({"text": texts}), f"{folder}/corpus.parquet", row_group_size=1000)
+    return texts
+
+
+NANOGPT = """
+import sys
+import numpy as np
+from datasets import load_dataset
+from tokenizers import Tokenizer
+source, tokenizer_file, processes, out = sys.argv[1:]
+tokenizer = Tokenizer.from_file(tokenizer_file)
+def process(example):
+    ids = tokenizer.encode(example["text"]).ids + [0]
+    return {"ids": ids, "len": len(ids)}
+data = load_dataset("parquet", data_files=source, split="train", cache_dir=out + ".cache")
+data = data.map(process, remove_columns=data.column_names, num_proc=int(processes))
+bin = np.memmap(out, dtype=np.uint16, mode="w+", shape=(sum(data["len"]),))
+parts, place = min(1024, len(data)), 0
+for part in range(parts):
+    batch = data.shard(num_shards=parts, index=part, contiguous=True).with_format("numpy")
+    ids = np.concatenate(batch["ids"])
+    bin[place : place + len(ids)] = ids
+    place += len(ids)
+bin.flush()
+"""  # one document at a time in as many processes as there are cores, then all of them into one array
+
+
+def tokenizer_file(settings, folder):
+    if os.path.isfile(settings.tokenizer):
+        return settings.tokenizer
+    from huggingface_hub import hf_hub_download
+
+    return hf_hub_download(settings.tokenizer, "tokenizer.json", cache_dir=folder)
+
+
+def preparer(name, folder, file):
+    """A contestant: tokenizes folder/corpus.parquet in its way."""
+    if name == "encode_batch_fast on texts in memory":
+        import pyarrow.parquet as pq
+        from tokenizers import Tokenizer
+
+        texts = pq.read_table(f"{folder}/corpus.parquet")["text"].to_pylist()
+        tokenizer = Tokenizer.from_file(file)
+        return lambda: len(tokenizer.encode_batch_fast(texts))
+    new = map(str, range(10**6))
+    if name == "ours":
+        args = ["prepare.py", f"--source={folder}/corpus.parquet", f"--tokenizer={file}"]
+        return lambda: script(*args, f"--data_dir={folder}/data{next(new)}")
+    args = [f"{folder}/nanogpt.py", f"{folder}/corpus.parquet", file, str(os.cpu_count())]
+    return lambda: script(*args, f"{folder}/bin{next(new)}")
+
+
+def bench_prepare(settings, device):
+    with tempfile.TemporaryDirectory() as folder:
+        texts, file = corpus(folder, settings.megabytes), tokenizer_file(settings, folder)
+        Path(f"{folder}/nanogpt.py").write_text(NANOGPT)
+        names = ("ours", "encode_batch_fast on texts in memory", "datasets.map, then one array")
+        times = take_turns({name: Contestant(preparer, name, folder, file) for name in names}, settings.rounds)
+        size = sum(len(text.encode()) for text in texts) / 1e6
+        label = f"preparing {size:.0f} MB"
+        return [compare(times["ours"], times[name], label, name, size, "MB/s") for name in names[1:]]
+
+
+def loader(name, folder, file, batches=100):
+    """A contestant: makes batches of 32 x 512 tokens, of bins or of a stream of documents."""
+    from datasets import load_dataset
+    from tokenizers import Tokenizer
+
+    tokenizer, cpu = Tokenizer.from_file(file), torch.device("cpu")
+
+    def ours():
+        windows = Windows(open_bins(f"{folder}/data")[0]["train"], 512, seed=0)
+        for batch in range(batches):
+            to_device([windows[batch * 32 + i] for i in range(32)], cpu, 65_536)
+
+    def streaming():
+        ids, made = [], 0
+        for example in load_dataset("parquet", data_files=f"{folder}/corpus.parquet", split="train", streaming=True):
+            ids += tokenizer.encode(example["text"]).ids + [0]
+            while len(ids) >= 32 * 513 and made < batches:
+                torch.tensor(ids[: 32 * 513]).view(32, 513)
+                ids, made = ids[32 * 513 :], made + 1
+            if made == batches:
+                return
+
+    return ours if name == "ours" else streaming
+
+
+def bench_load(settings, device):
+    with tempfile.TemporaryDirectory() as folder:
+        corpus(folder, 20)
+        file = tokenizer_file(settings, folder)
+        script("prepare.py", f"--source={folder}/corpus.parquet", f"--tokenizer={file}", f"--data_dir={folder}/data")
+        times = take_turns(
+            {name: Contestant(loader, name, folder, file) for name in ("ours", "streaming")}, settings.rounds
+        )
+        return [compare(times["ours"], times["streaming"], "loading batches of 32 x 512",
+                        "datasets streaming, tokenized on the way", 100 * 32 * 512, "tokens/s")]  # fmt: skip
+
+
+# ---- Runs -----------------------------------------------------------------------------------------------------------
+
+
+def read_metrics(folder):
+    return [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
+
+
+def tiny(*args, first=True, **environment):
+    """Train config/tiny.py in a new folder: its last validation bits a byte, seconds to the first step and after it."""
+    script("prepare.py", "config/tiny.py")
+    with tempfile.TemporaryDirectory() as folder:
+        lines = script(
+            "train.py", "config/tiny.py", f"--out_dir={folder}/run", "--sample_interval=0", *args, **environment
+        )
+        steps = [(when, line) for when, line in lines if re.match(r"step [1-9]", line)]
+        metrics = read_metrics(folder)
+    return metrics[-1]["val_bpb"], steps[0][0], steps[-1][0] - steps[0][0]
+
+
+def bench_learn(settings, device):
+    """How long config/tiny.py takes to the validation loss that the same model has after 120 s of AdamW at its best rate."""
+    speed = 100 / tiny("--max_steps=101")[2]  # steps a second
+    budget = round(120 * speed)
+
+    def run(steps, *args):
+        return tiny(f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}", *args)
+
+    adamw = {}
+    for rate in (3e-3, 6e-3, 1.2e-2):
+        bpb, _, took = run(budget, "--optimizer=adamw", f"--learning_rate={rate}")
+        adamw[bpb] = took
+        print(f"AdamW, learning rate {rate}: {bpb:.4f} bits a byte after {budget} steps, {took:.0f} s", flush=True)
+    goal = min(adamw)
+    for share in (0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0):
+        bpb, _, took = run(round(budget * share))
+        print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
+        if bpb <= goal:
+            return [{"what": f"time to {goal:.3f} bits a byte, config/tiny.py", "against": "AdamW at its best learning rate",
+                     "ratio": adamw[goal] / took, "ours": took, "theirs": adamw[goal], "unit": "s"}]  # fmt: skip
+    return []
+
+
+def bench_start(settings, device):
+    rows = []
+    big = ("--model.vocab_size=49152", "--model.hidden_size=576", "--model.intermediate_size=1536", "--model.num_hidden_layers=30",
+           "--model.num_attention_heads=9", "--model.num_key_value_heads=3", "--seq_len=512", "--micro_batch=2",
+           "--batch_tokens=1024", "--eval_tokens=1024")  # fmt: skip
+    for name, args in (("config/tiny.py", ()), ("135m, 2 x 512", big)):
+        times = []
+        for _ in range(settings.rounds):
+            with tempfile.TemporaryDirectory() as cache:
+                fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
+                times.append(tiny(*args, "--max_steps=1", "--warmup_steps=0", "--decay_steps=0", **fresh)[1])
+        rows.append({"what": f"command to first step, {name}", "against": "", "ours": statistics.median(times),
+                     "least": min(times), "most": max(times), "unit": "s"})  # fmt: skip
+        print(rows[-1], flush=True)
+    return rows
+
+
+def ranked(processes):
+    """A contestant: trains config/tiny.py on the CPU in so many processes, and returns the seconds of a step."""
+    launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={processes}") if processes > 1 else ()
+    args = ("train.py", "config/tiny.py", "--device=cpu", "--max_steps=61", "--log_interval=61", "--eval_interval=1000",
+            "--sample_interval=0")  # fmt: skip
+
+    def train():
+        with tempfile.TemporaryDirectory() as folder:
+            threads = str(os.cpu_count() // processes)
+            script(sys.executable, *launcher, *args, f"--out_dir={folder}/run", OMP_NUM_THREADS=threads)
+            return 2048 / read_metrics(folder)[-1]["tokens_per_second"]
+
+    return train
+
+
+def bench_ranks(settings, device):
+    """A process for each half of the cores against one for all: what is left is what the code and gloo add."""
+    script("prepare.py", "config/tiny.py")
+    contestants = {processes: Contestant(ranked, processes) for processes in (2, 1)}
+    times = take_turns(contestants, settings.rounds, clock=run)
+    return [compare(times[2], times[1], "training in two processes", "in one", 2048, "tokens/s")]
+
+
+# ---- Results --------------------------------------------------------------------------------------------------------
+
+
+def table(rows):
+    def number(value):
+        return "" if value is None else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+    lines = ["| what | against | ratio | range | here | there | |", "|---|---|---|---|---|---|---|"]
+    for row in rows:
+        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        spread = f"{row['least']:.2f} to {row['most']:.2f}" if "least" in row else ""
+        numbers = f"{number(row.get('ours'))} | {number(row.get('theirs'))}"
+        lines.append(f"| {row['what']} | {row['against']} | {ratio} | {spread} | {numbers} | {row['unit']} |")
+    return "\n".join(lines)
+
+
+def main(settings):
+    device = choose_device(settings.device)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}-{os.cpu_count()}-cores"
+    path = ROOT / "bench" / f"results-{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
+    rows = json.loads(path.read_text()) if path.exists() else []
+    benches = {
+        what.removeprefix("bench_"): function for what, function in globals().items() if what.startswith("bench_")
+    }
+    for what in benches if settings.what == "all" else [settings.what]:
+        new = benches[what](settings, device)
+        mine = {(row["what"], row["against"]) for row in new}
+        rows = [row for row in rows if (row["what"], row["against"]) not in mine] + new
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(rows, indent=1) + "\n")
+    print("\n" + table(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
