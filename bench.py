@@ -9,10 +9,12 @@
     python bench.py start                   seconds from the command to the first step, nothing compiled before
     python bench.py ranks                   two processes against one
 
-A machine's speed drifts, so seconds say little and ratios more: the contestants take turns, and each round gives a ratio. The
-table shows the median of the rounds and their range. Results are kept in bench/results-DEVICE.json.
+A machine's speed drifts, so seconds say little and ratios more: the contestants, each in a process of its own, take
+turns, and each round gives a ratio. The table shows the median of the rounds and their range. Results are kept in
+bench/results-DEVICE.json.
 
-It needs requirements-dev.txt. Comparing with llama.cpp needs `pip install llama-cpp-python` and a file made by its converter.
+It needs requirements-dev.txt. To compare with llama.cpp, `pip install llama-cpp-python` and a file that its
+convert_hf_to_gguf.py made of the model.
 """
 
 import contextlib
@@ -67,9 +69,12 @@ class Contestant:
     def __init__(self, make, *args):
         self.process = ProcessPoolExecutor(1, get_context("spawn"), initializer=enter, initargs=(make, args))
 
-    def __call__(self, function, *args):
-        """What function(the contestant, *args) returns in its process."""
-        return self.process.submit(ask, function, args).result()
+    def __call__(self, function):
+        """What function(the contestant) returns in its process."""
+        return self.process.submit(ask, function).result()
+
+    def leave(self):
+        self.process.shutdown()
 
 
 def enter(make, args):
@@ -77,12 +82,12 @@ def enter(make, args):
     contestant = make(*args)
 
 
-def ask(function, args):
-    return function(contestant, *args)
+def ask(function):
+    return function(contestant)
 
 
 def seconds(function):
-    """How long a call takes, with all that it has a GPU do; memory is left to the next."""
+    """How long a call takes, with all that it has a GPU do."""
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.synchronize()
@@ -107,19 +112,22 @@ def run(function):
 
 
 def take_turns(contestants, rounds, clock=seconds):
-    """{name: Contestant} -> {name: [seconds of each round]}"""
+    """{name: Contestant} -> {name: [seconds of each round]}; then they leave."""
     times = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, contestant in contestants.items():
             times[name].append(contestant(clock))
+    for contestant in contestants.values():
+        contestant.leave()
     return times
 
 
 def compare(ours, theirs, what, against, amount, unit):
     """A row of the table: rounds of seconds on both sides, and the amount of work that was done in each."""
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    row = {"what": what, "against": against, "ratio": statistics.median(ratios), "least": ratios[0], "most": ratios[-1],
-           "ours": amount / statistics.median(ours), "theirs": amount / statistics.median(theirs), "unit": unit}  # fmt: skip
+    row = {"what": what, "against": against, "ratio": statistics.median(ratios), "least": ratios[0],
+           "most": ratios[-1], "ours": amount / statistics.median(ours), "theirs": amount / statistics.median(theirs),
+           "unit": unit}  # fmt: skip
     print(f"{what} / {against}: {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}); "
           f"{row['ours']:,.1f} and {row['theirs']:,.1f} {unit}", flush=True)  # fmt: skip
     return row
@@ -255,9 +263,9 @@ def generator(name, size, batch_size, device_name, gguf=None):
             for _ in range(new):
                 next(tokens)
             tokens.close()
-    elif name == "ours":
+    elif name.startswith("ours"):
         model.to(sample.choose_dtype("auto", device))
-        if device.type == "cuda":
+        if name == "ours":
             for layer in model.model.layers:
                 layer.compile()
 
@@ -277,12 +285,13 @@ def generator(name, size, batch_size, device_name, gguf=None):
 def bench_sample(settings, device):
     rows = []
     for batch_size in settings.batch_sizes or ((1, 64) if device.type == "cuda" else (1,)):
-        names = ["ours", "transformers, dynamic cache", "transformers, static cache"]
+        names = ["ours", "ours, not compiled", "transformers, dynamic cache", "transformers, static cache"]
         if settings.gguf and batch_size == 1:
             names.append("llama.cpp")
         contestants = {name: Contestant(generator, name, settings.size, batch_size, settings.device, settings.gguf)
                        for name in names}  # fmt: skip
-        take_turns(contestants, 1)
+        for contestant in contestants.values():  # what is compiled is compiled
+            contestant(run)
         times = take_turns(contestants, settings.rounds)
         label = f"generation, {settings.size}, batch {batch_size}"
         rows += [compare(times["ours"], times[name], label, name, 128 * batch_size, "tokens/s") for name in names[1:]]
@@ -382,7 +391,7 @@ def loader(name, folder, file, batches=100):
     def streaming():
         ids, made = [], 0
         for example in load_dataset("parquet", data_files=f"{folder}/corpus.parquet", split="train", streaming=True):
-            ids += tokenizer.encode(example["text"]).ids + [0]
+            ids += [*tokenizer.encode(example["text"]).ids, 0]
             while len(ids) >= 32 * 513 and made < batches:
                 torch.tensor(ids[: 32 * 513]).view(32, 513)
                 ids, made = ids[32 * 513 :], made + 1
@@ -411,7 +420,7 @@ def read_metrics(folder):
     return [json.loads(line) for line in Path(f"{folder}/run/metrics.jsonl").read_text().splitlines()]
 
 
-def tiny(*args, first=True, **environment):
+def tiny(*args, **environment):
     """Train config/tiny.py in a new folder: its last validation bits a byte, seconds to the first step and after it."""
     script("prepare.py", "config/tiny.py")
     with tempfile.TemporaryDirectory() as folder:
@@ -424,7 +433,7 @@ def tiny(*args, first=True, **environment):
 
 
 def bench_learn(settings, device):
-    """How long config/tiny.py takes to the validation loss that the same model has after 120 s of AdamW at its best rate."""
+    """How long config/tiny.py takes to the validation loss that it has after 120 s of AdamW at its best rate."""
     speed = 100 / tiny("--max_steps=101")[2]  # steps a second
     budget = round(120 * speed)
 
@@ -441,22 +450,23 @@ def bench_learn(settings, device):
         bpb, _, took = run(round(budget * share))
         print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
         if bpb <= goal:
-            return [{"what": f"time to {goal:.3f} bits a byte, config/tiny.py", "against": "AdamW at its best learning rate",
-                     "ratio": adamw[goal] / took, "ours": took, "theirs": adamw[goal], "unit": "s"}]  # fmt: skip
+            what, against = f"time to {goal:.3f} bits a byte, config/tiny.py", "AdamW at its best learning rate"
+            return [{"what": what, "against": against, "ratio": adamw[goal] / took, "ours": took, "theirs": adamw[goal], "unit": "s"}]  # fmt: skip
     return []
 
 
 def bench_start(settings, device):
     rows = []
-    big = ("--model.vocab_size=49152", "--model.hidden_size=576", "--model.intermediate_size=1536", "--model.num_hidden_layers=30",
-           "--model.num_attention_heads=9", "--model.num_key_value_heads=3", "--seq_len=512", "--micro_batch=2",
-           "--batch_tokens=1024", "--eval_tokens=1024")  # fmt: skip
+    shape = asdict(SmolLM2Config.smollm2_135m())
+    big = [f"--model.{name}={shape[name]}" for name in ("vocab_size", "hidden_size", "intermediate_size",
+           "num_hidden_layers", "num_attention_heads", "num_key_value_heads")]  # fmt: skip
+    big += ["--compile=True", "--seq_len=512", "--micro_batch=2", "--batch_tokens=1024", "--eval_tokens=1024"]
     for name, args in (("config/tiny.py", ()), ("135m, 2 x 512", big)):
         times = []
         for _ in range(settings.rounds):
             with tempfile.TemporaryDirectory() as cache:
                 fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
-                times.append(tiny(*args, "--max_steps=1", "--warmup_steps=0", "--decay_steps=0", **fresh)[1])
+                times.append(tiny(*args, "--max_steps=2", **fresh)[1])
         rows.append({"what": f"command to first step, {name}", "against": "", "ours": statistics.median(times),
                      "least": min(times), "most": max(times), "unit": "s"})  # fmt: skip
         print(rows[-1], flush=True)
@@ -466,8 +476,8 @@ def bench_start(settings, device):
 def ranked(processes):
     """A contestant: trains config/tiny.py on the CPU in so many processes, and returns the seconds of a step."""
     launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={processes}") if processes > 1 else ()
-    args = ("train.py", "config/tiny.py", "--device=cpu", "--max_steps=61", "--log_interval=61", "--eval_interval=1000",
-            "--sample_interval=0")  # fmt: skip
+    args = ("train.py", "config/tiny.py", "--device=cpu", "--micro_batch=4", "--max_steps=61", "--log_interval=61",
+            "--eval_interval=1000", "--sample_interval=0")  # fmt: skip
 
     def train():
         with tempfile.TemporaryDirectory() as folder:

@@ -34,7 +34,7 @@ class Settings:
     seed: int = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest to read
-    compile: bool = False  # fuse the layers first, on a GPU: half a minute, which a long text repays
+    compile: bool = False  # fuse the layers first: takes a while, which long texts repay
 
 
 def choose_dtype(name, device):
