@@ -371,7 +371,7 @@ class SmolLM2(nn.Module):
         """
         T, room = input_ids.size(1), self.config.max_position_embeddings
         S = caches[0].keys.size(2) if caches else T
-        if S > room:
+        if room < S:
             raise ValueError(f"{S} tokens are more than the {room} of max_position_embeddings")
         if caches is None:  # a whole text, of which each token sees itself and those before it
             slots, mask, caches = torch.arange(T, device=input_ids.device), None, [None] * len(self.model.layers)

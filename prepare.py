@@ -187,6 +187,39 @@ def ahead(iterable, by=2):
         yield item
 
 
+# ---- What guessing costs --------------------------------------------------------------------------------------------
+
+
+def guessing_losses(train, val, prior=100):
+    """What the tokens of val cost in nats each, on average, for two who know only the counts of train.
+
+    unigram_loss guesses by how often each token came (once more than it did, for those that never came), bigram_loss by
+    what came after the token before. Pairs are many and most are rare, so their counts are mixed with the frequencies,
+    as if each token had been followed by `prior` more tokens, drawn by frequency (MacKay & Peto 1995, "A hierarchical
+    Dirichlet language model").
+
+    A model that learns passes the first, then the second: the marks between which val_loss stands.
+    """
+    if len(val) < 2:
+        return {}
+    counts = np.zeros(2**16)
+    pairs, place = np.unique(as_pairs(val), return_inverse=True)
+    pair_counts = np.zeros(len(pairs))
+    for start in range(0, len(train), 2**22):
+        counts += np.bincount(train[start : start + 2**22], minlength=2**16)
+        block = np.sort(as_pairs(train[start : start + 2**22 + 1]))
+        pair_counts += np.searchsorted(block, pairs, "right") - np.searchsorted(block, pairs, "left")
+    vocabulary = max(train.max(), val.max()) + 1
+    unigram = (counts + 1) / (counts.sum() + vocabulary)
+    bigram = (pair_counts + prior * unigram[pairs & 0xFFFF]) / (counts[pairs >> 16] + prior)
+    return {"unigram_loss": -float(np.log(unigram[val]).mean()), "bigram_loss": -float(np.log(bigram[place]).mean())}
+
+
+def as_pairs(tokens):
+    """Each token but the last with the one after it, as one number: (n,) uint16 -> (n - 1,) uint32."""
+    return tokens[:-1].astype(np.uint32) << 16 | tokens[1:]
+
+
 # ---- Shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -223,6 +256,8 @@ def write_shard(index, file, tokenizer, record, settings):
                 bar.set_postfix_str(f"{total:,} tokens, {total / (time.monotonic() - start):,.0f} tokens/s")
         if not counts["train"]["tokens"]:
             sys.exit(f"{file.name} has no text to train on.")
+        if counts["val"]["tokens"]:
+            counts["val"] |= guessing_losses(*(np.memmap(temporary[split], "<u2", "r") for split in temporary))
         for split in temporary:
             os.replace(temporary[split], folder / f"{split}-{index:05d}.bin")
             counts[split]["sha256"] = hashes[split].hexdigest()
@@ -232,6 +267,11 @@ def write_shard(index, file, tokenizer, record, settings):
     write_whole(folder / f"shard-{index:05d}.json", (json.dumps(record | counts, indent=2) + "\n").encode())
     for split, count in counts.items():
         print(f"shard {index:05d} {split}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
+    if "bigram_loss" in counts["val"]:
+        unigram, bigram = counts["val"]["unigram_loss"], counts["val"]["bigram_loss"]
+        print(
+            f"a token costs {unigram:.2f} nats to guess by frequency, {bigram:.2f} by the token before it", flush=True
+        )
     if not counts["val"]["tokens"]:
         print("no document was kept to evaluate on, and train.py needs some: raise --val_fraction", flush=True)
 

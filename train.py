@@ -65,6 +65,7 @@ class Settings:
     eval_tokens: int = 1_048_576  # tokens of the validation data to evaluate on, the same each time
     save_interval: int = 100  # steps between checkpoints
     keep_checkpoints: int = 2  # how many of the newest stay
+    repeat_steps: int | None = None  # train on the batches of the first so many steps again and again, to overfit
     max_bad_steps: int = 10  # stop after so many steps in a row whose loss or gradient is NaN or infinite
     timeout: int = 600  # seconds that devices wait for each other before they give up
     sample_interval: int = 100  # steps between samples of text
@@ -170,6 +171,8 @@ def learning_rate(step, settings):
 
 def check_settings(settings, world_size):
     """Exit with one sentence if the settings do not fit together."""
+    if settings.repeat_steps is not None and settings.repeat_steps < 1:
+        sys.exit(f"--repeat_steps={settings.repeat_steps} must be at least 1, or left unset.")
     for name in ("seq_len", "micro_batch", "batch_tokens", "max_steps", "log_interval", "eval_interval", "eval_tokens",
                  "save_interval", "keep_checkpoints"):  # fmt: skip
         if getattr(settings, name) < 1:
@@ -246,6 +249,8 @@ def main(settings):
                      "--seq_len, or prepare more text or a larger --val_fraction.")  # fmt: skip
     val = [shard["val"] for shard in shards.values()]
     bytes_per_token = sum(split["bytes"] for split in val) / sum(split["tokens"] for split in val)
+    guessing = {name: sum(split[name] * split["tokens"] for split in val) / sum(split["tokens"] for split in val)
+                for name in ("unigram_loss", "bigram_loss") if all(name in split for split in val)}  # fmt: skip
     data_vocab = max(shard["vocab_size"] for shard in shards.values())
     tokenizer_file = os.path.join(settings.data_dir, "tokenizer.json")
     if not os.path.exists(tokenizer_file):
@@ -304,7 +309,8 @@ def main(settings):
     # What the loop calls now and then.
     def evaluate():
         """The mean loss over the validation windows, in nats a token, and in bits a byte, which does not depend on the
-        tokenizer. The model runs as in training, but no backward pass follows: so what was compiled serves here too."""
+        tokenizer; beside them the marks that guessing by counts sets. The model runs as in training, but no backward
+        pass follows: so what was compiled serves here too."""
         total = torch.zeros(2, device=device)  # nats, windows
         for first in range(rank * settings.micro_batch, len(val_windows), world_size * settings.micro_batch):
             windows = val_windows[first : first + settings.micro_batch]
@@ -317,7 +323,7 @@ def main(settings):
         if world_size > 1:
             dist.all_reduce(total)
         val_loss = (total[0] / total[1]).item()
-        return {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) / bytes_per_token}
+        return {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) / bytes_per_token} | guessing
 
     def sample():
         """What the model makes of the prompt, with the same random numbers each time: only the model changes."""
@@ -337,8 +343,9 @@ def main(settings):
             else None
         )
         tokens, epoch = step * settings.batch_tokens, train_windows.per_epoch * settings.seq_len
+        unique = min(tokens, epoch, (settings.repeat_steps or step) * settings.batch_tokens)
         metrics = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens": tokens,
-                   "epoch": tokens / epoch, "unique_tokens": min(tokens, epoch), "tokens_per_second": speed,
+                   "epoch": tokens / epoch, "unique_tokens": unique, "tokens_per_second": speed,
                    "mfu": mfu} | evaluation  # fmt: skip
         parts = [f"step {step}/{settings.max_steps}"]
         parts += [f"loss {loss:.4f}", f"lr {rate:.2e}", f"grad_norm {grad_norm:.2f}"] if loss is not None else []
@@ -390,7 +397,8 @@ def main(settings):
         # Forward and backward, one micro-batch after the other: their gradients add up.
         loss = torch.zeros((), device=device)
         for micro in range(accumulation):
-            first = step * sequences + rank * share + micro * settings.micro_batch
+            batch = step % settings.repeat_steps if settings.repeat_steps else step
+            first = batch * sequences + rank * share + micro * settings.micro_batch
             windows = [train_windows[i] for i in range(first, first + settings.micro_batch)]
             inputs, targets = to_device(windows, device, config.vocab_size)
             replica.require_backward_grad_sync = micro == accumulation - 1  # the ranks exchange gradients once a step

@@ -14,7 +14,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from model import KVCache, SmolLM2, SmolLM2Config, choose, count_parameters, rotary_tables, rotate, training_flops
+from model import (
+    KVCache,
+    RMSNorm,
+    SmolLM2,
+    SmolLM2Config,
+    choose,
+    count_parameters,
+    rotary_tables,
+    rotate,
+    training_flops,
+)
 
 ROOT = Path(__file__).parent.parent
 GROUPED = SmolLM2Config(
@@ -182,6 +192,52 @@ def test_attention_scores_depend_on_the_distance_only():
 def test_turns_in_the_comment():
     turns = [2 * math.pi * 100_000 ** (2 * pair / 64) for pair in (0, 8, 16, 24, 31)]
     assert [round(turn, 1 if turn < 10 else 0) for turn in turns] == [6.3, 112, 1987, 35333, 438460]
+
+
+# ---- Precision: what stays in float32, against float64, and what bfloat16 would make of it
+
+
+def distance(x, exact):
+    return ((x.double() - exact).norm() / exact.norm()).item()
+
+
+def test_rotary_tables_are_right_at_the_end_of_the_longest_text():
+    config, positions = SmolLM2Config(), torch.arange(8000, 8192)
+    speeds = config.rope_theta ** -(torch.arange(0, 64, 2).double() / 64)
+    exact = (positions.double()[:, None] * speeds).cos()
+    assert distance(rotary_tables(positions, config)[0], exact) < 1e-3
+    assert distance((positions.bfloat16()[:, None] * speeds.bfloat16()).cos(), exact) > 0.5
+
+
+def test_rmsnorm_of_16_bit_numbers_is_only_rounded(model):
+    x = torch.randn(4, 64).bfloat16() * 30
+    norm = RMSNorm(SmolLM2Config(hidden_size=64)).bfloat16()
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
+    assert distance(norm(x), exact) < 2**-8
+    assert distance(norm(x), exact) < distance(x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt(), exact)
+
+
+def test_the_loss_of_16_bit_logits_is_exact():
+    torch.manual_seed(0)
+    model = SmolLM2(SmolLM2Config(num_hidden_layers=1)).bfloat16()
+    hidden, targets = torch.randn(1, 64, 576).bfloat16(), torch.randint(0, 49152, (1, 64))
+    with torch.no_grad():
+        logits, loss = model.lm_head(hidden), model.loss(hidden, targets)
+    exact = F.cross_entropy(logits[0].double(), targets[0])
+    assert loss.dtype == torch.float32 and abs(loss - exact) < 1e-5
+    assert abs(F.cross_entropy(logits[0], targets[0]) - exact) > 1e-3
+
+
+def test_what_bfloat16_costs(ids):
+    torch.manual_seed(0)
+    model = SmolLM2(SmolLM2Config(num_hidden_layers=4))
+    ids, exact = ids % 256, SmolLM2(model.config).double()
+    exact.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        reference = exact(ids)
+        assert distance(model(ids), reference) < 1e-5
+        with torch.autocast("cpu", torch.bfloat16):
+            assert 1e-4 < distance(model(ids), reference) < 2e-2
 
 
 # ---- Generation

@@ -1,0 +1,113 @@
+"""Pictures of runs, one or several to compare.
+
+    python plot.py out/tiny
+    python plot.py out/first out/second --out=curves.png
+
+Reads metrics.jsonl of each run; needs `pip install matplotlib`.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+
+@dataclass
+class Settings:
+    """Draw the curves of runs."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]]  # out_dir of each
+    out: str = "curves.png"  # picture to write: .png, .svg or .pdf
+
+
+STYLES = (
+    "-",
+    "--",
+    ":",
+    "-.",
+)  # runs differ by line, not by colour alone: the picture may be printed in black and white
+
+
+def read_metrics(run):
+    """{name: ([tokens], [values])} of a run, without what was not measured."""
+    path = Path(run) / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+    except (OSError, ValueError) as error:
+        sys.exit(f"{path} cannot be read: {error}")
+    curves = {}
+    for line in lines:
+        for name, value in line.items():
+            if value is not None:
+                tokens, values = curves.setdefault(name, ([], []))
+                tokens.append(line["tokens"])
+                values.append(value)
+    if "loss" not in curves:
+        sys.exit(f"{path} has no step of training yet.")
+    return curves
+
+
+def smooth(values, by=0.9):
+    """Exponential moving average, without its bias towards the first value."""
+    average, weight, result = 0.0, 0.0, []
+    for value in values:
+        average, weight = by * average + (1 - by) * value, by * weight + (1 - by)
+        result.append(average / weight)
+    return result
+
+
+def main(settings):
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        sys.exit("plot.py needs matplotlib: pip install matplotlib")
+    figure, axes = plt.subplots(3, 2, figsize=(12, 12), layout="constrained")
+    loss, bits, rate, norm, speed, unique = axes.flat
+    for number, run in enumerate(settings.runs):
+        curves, color, style = read_metrics(run), f"C{number}", STYLES[number % len(STYLES)]
+
+        def draw(axis, name, label=run, curves=curves, color=color, style=style, **options):
+            if name in curves:
+                axis.plot(*curves[name], style, color=color, label=label, **options)
+
+        draw(loss, "loss", None, alpha=0.3, linewidth=1)
+        tokens, losses = curves["loss"]
+        loss.plot(tokens, smooth(losses), style, color=color, label=f"{run}: training, smoothed")
+        draw(loss, "val_loss", f"{run}: validation", marker="o", markersize=4, linewidth=1)
+        for name, words in (("unigram_loss", "guessing by frequency"), ("bigram_loss", "guessing by the token before")):
+            if name in curves:
+                mark = curves[name][1][-1]
+                loss.axhline(mark, color="black", linestyle=(0, (1, 3)), linewidth=1)
+                loss.annotate(words, (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+        draw(bits, "val_bpb", marker="o", markersize=4)
+        draw(rate, "learning_rate")
+        draw(norm, "grad_norm")
+        draw(speed, "tokens_per_second")
+        draw(unique, "unique_tokens")
+        unique.plot(curves["tokens"][0], curves["tokens"][0], color="black", linestyle=(0, (1, 3)), linewidth=1)
+    titles = ("loss, nats a token", "validation, bits a byte", "learning rate", "gradient norm before clipping",
+              "tokens a second", "different tokens seen (dotted: tokens seen)")  # fmt: skip
+    for axis, title in zip(axes.flat, titles, strict=True):
+        axis.set_title(title)
+        axis.set_xlabel("tokens trained on")
+        axis.grid(alpha=0.3)
+    for axis in (loss, norm):
+        axis.set_yscale("log")
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter("{x:g}")
+    loss.legend(fontsize=8)
+    bits.legend(fontsize=8)
+    try:
+        figure.savefig(settings.out, dpi=100)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--out={settings.out} cannot be written: {error}")
+    print(f"wrote {settings.out}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Settings, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
