@@ -441,12 +441,12 @@ def bench_learn(settings, device):
         return tiny(f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}", *args)
 
     adamw = {}
-    for rate in (3e-3, 6e-3, 1.2e-2):
+    for rate in (3e-3, 6e-3):
         bpb, _, took = run(budget, "--optimizer=adamw", f"--learning_rate={rate}")
         adamw[bpb] = took
         print(f"AdamW, learning rate {rate}: {bpb:.4f} bits a byte after {budget} steps, {took:.0f} s", flush=True)
     goal = min(adamw)
-    for share in (0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.8, 1.0):
+    for share in (0.4, 0.45, 0.5, 0.6, 0.8, 1.0):
         bpb, _, took = run(round(budget * share))
         print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
         if bpb <= goal:

@@ -24,6 +24,8 @@ import secrets
 import sys
 import threading
 import time
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -156,13 +158,24 @@ def batches(pieces, size=2_000_000):
         yield batch
 
 
-def tokenize(tokenizer, batches):
-    """Each batch with the tokens of its pieces, as uint16; the library spreads a batch over the cores."""
+def tokenize(tokenizer, batches, at_once=3):
+    """Each batch with the tokens of its pieces, as uint16. The library spreads a batch over the cores; several at once
+    keep them busy while the last pieces of one are done."""
     end = [tokenizer.token_to_id(END_OF_TEXT)]
-    for batch in batches:
+
+    def work(batch):
         encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
         ends = (end if last else [] for _, _, last in batch)
-        yield batch, [np.array(encoding.ids + end, "<u2") for encoding, end in zip(encodings, ends, strict=True)]
+        return batch, [np.array(encoding.ids + end, "<u2") for encoding, end in zip(encodings, ends, strict=True)]
+
+    with ThreadPoolExecutor(at_once) as pool:
+        pending = deque()
+        for batch in batches:
+            pending.append(pool.submit(work, batch))
+            if len(pending) == at_once:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
 
 
 def ahead(iterable, by=2):
@@ -244,7 +257,7 @@ def write_shard(index, file, tokenizer, record, settings):
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
             bins = {"train": train, "val": val}
-            for batch in ahead(tokenize(tokenizer, ahead(batches(pieces(texts, settings.val_fraction))))):
+            for batch in tokenize(tokenizer, ahead(batches(pieces(texts, settings.val_fraction)))):
                 for (split, text, last), tokens in zip(*batch, strict=True):
                     bins[split].write(tokens)
                     hashes[split].update(tokens)

@@ -18,7 +18,7 @@ import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -105,16 +105,24 @@ def hub_errors(what):
 
 def parquet_texts(path):
     """The column `text` of a parquet file, here or on the hub; of the latter only that column travels."""
-    with hub_errors(path) if path.startswith("hf://") else nullcontext():
-        from datasets import load_dataset
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
 
-        logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it is said below, once
-        try:
-            rows = load_dataset("parquet", data_files=[path], split="train", streaming=True, columns=["text"])
-            for batch in rows.iter(batch_size=1000):
-                yield from batch["text"]
-        except ValueError as error:
-            sys.exit(f"{path}: not a parquet file with a column text ({str(error).splitlines()[0]}).")
+    try:
+        if path.startswith("hf://"):
+            with hub_errors(path):
+                from datasets import load_dataset
+
+                logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it is said below, once
+                rows = load_dataset("parquet", data_files=[path], split="train", streaming=True, columns=["text"])
+                for batch in rows.iter(batch_size=1000):
+                    yield from batch["text"]
+        else:
+            for batch in ParquetFile(path).iter_batches(1000, columns=["text"]):
+                yield from batch["text"].to_pylist()
+    except (ValueError, KeyError, ArrowException) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        sys.exit(f"{path}: not a parquet file with a column text ({reason}).")
 
 
 def jsonl_texts(path):

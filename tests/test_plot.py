@@ -1,9 +1,7 @@
 """Pictures of runs."""
 
-import pytest
 from conftest import refused, run
-
-plt = pytest.importorskip("matplotlib.pyplot")
+from matplotlib import pyplot as plt
 
 
 def test_one_run_and_two_compared(trained, tmp_path):
