@@ -441,7 +441,7 @@ def bench_learn(settings, device):
         return tiny(f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}", *args)
 
     adamw = {}
-    for rate in (3e-3, 6e-3):
+    for rate in (1e-3, 2e-3, 3e-3):
         bpb, _, took = run(budget, "--optimizer=adamw", f"--learning_rate={rate}")
         adamw[bpb] = took
         print(f"AdamW, learning rate {rate}: {bpb:.4f} bits a byte after {budget} steps, {took:.0f} s", flush=True)

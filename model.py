@@ -25,7 +25,7 @@ Shapes stand at the end of a line, in one notation:
 
     B batch     T time, the tokens of a sequence     C hidden width (576)      F width inside the MLP (1536)
     H query heads (9)     K key/value heads (3)      D width of a head (64)    V vocabulary (49152)
-    L layers (30)         S positions that have been seen so far
+    L layers (30)         S slots of the cache, or T     N parameters
 
 Beside each component stands what it adds to the 134,515,008 parameters of the 135M. `python model.py` prints that sum,
 and why others came to different ones; `python model.py 1.7b` prints it for another size.
@@ -151,8 +151,8 @@ class RMSNorm(nn.Module):
 #     angle = position x speed_j,     speed_j = theta^(-2j / D),     j = 0 ... D/2 - 1
 #
 # Why this gives *relative* position: attention compares a query at position m with a key at position n by their dot
-# product. Turning both by one more angle changes no dot product, so turning q by m and k by n gives what turning q by
-# m - n and leaving k alone would:
+# product. Turning both by one more angle changes no dot product, so turning q by m and k by n gives what leaving q
+# alone and turning k by n - m would:
 #
 #     (R_m q) . (R_n k)  =  q . R_m^T R_n k  =  q . R_(n-m) k
 #
@@ -190,7 +190,7 @@ def rotate(x, cos, sin):
 # When a model writes, each new token attends to all earlier ones. Their keys and values do not change any more, so they
 # are kept. Without the cache, writing n tokens computes n (n + 1) / 2 positions; with it, n: for 1,000 tokens 500 times
 # less. The price is memory: 2 (keys and values) x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers for each token, 23,040
-# bytes in bfloat16. That is what grouped-query attention, next, saves: with 9 key/value heads it would be 69,120.
+# bytes in bfloat16. It would be 69,120 without grouped-query attention, which comes next.
 
 
 class KVCache:
@@ -202,7 +202,7 @@ class KVCache:
 
     def __init__(self, config, batch_size, num_slots, dtype, device):
         shape = (batch_size, config.num_key_value_heads, num_slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (B, K, S, D); 0, for what is hidden counts 0 times
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (B, K, S, D); not empty: 0 x NaN is NaN
         self.values = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, slots, keys, values):
@@ -222,8 +222,8 @@ class KVCache:
 #
 # This happens in H = 9 heads at once, each D = 64 wide, so that nine questions can be asked. Grouped-query attention
 # (Ainslie et al. 2023, arXiv 2305.13245) gives three query heads one key/value head in common: nine questions are put
-# to three sets of answers. That is why k_proj and v_proj have 3 x 64 = 192 columns and not 576, which makes the cache
-# three times smaller and loses little.
+# to three sets of answers. That is why k_proj and v_proj have 3 x 64 = 192 columns and not 576 (rows, in PyTorch, which
+# keeps a matrix transposed): it makes the cache three times smaller and loses little.
 #
 # Parameters of a layer:
 #     q_proj   C x H D = 576 x 576 = 331,776
@@ -365,9 +365,9 @@ class SmolLM2(nn.Module):
     def hidden_states(self, input_ids, caches=None, slots=None, padding=None):
         """The residual stream after the last norm: (B, T) -> (B, T, C).
 
-        With caches, one for each layer, the tokens go to slots (T,) of them and see what is in all slots up to theirs,
-        but for the first padding (B, 1) of a row, where its text has not begun. Raises ValueError beyond
-        max_position_embeddings.
+        With caches, one for each layer, the tokens are written to slots (T,) of them, and each sees all slots up to its
+        own. Where a row's text begins later than the others, padding (B, 1) slots at its beginning stay unseen. Raises
+        ValueError beyond max_position_embeddings.
         """
         T, room = input_ids.size(1), self.config.max_position_embeddings
         S = caches[0].keys.size(2) if caches else T
@@ -387,8 +387,8 @@ class SmolLM2(nn.Module):
         return self.model.norm(x)
 
     # The loss is the mean of -ln p(next token). Whoever guesses among V tokens pays ln V: ln 49,152 = 10.80 is where
-    # the first step must stand, and a first loss that is far from it is the earliest sign of a bug. So is its opposite,
-    # a loss near 0 on text never seen: real text cannot be foreseen like that, so the targets leaked.
+    # the first step must stand, and a first loss half a nat away from it is the earliest sign of a bug. So is its
+    # opposite, a loss near 0 on text never seen: real text cannot be foreseen like that, so the targets leaked.
     #
     # The scores are the largest tensor of the whole training step: 49,152 for each token, 85 times as wide as the
     # residual stream.

@@ -49,9 +49,9 @@ def read_metrics(run):
     return curves
 
 
-def smooth(values, by=0.9):
-    """Exponential moving average, without its bias towards the first value."""
-    average, weight, result = 0.0, 0.0, []
+def smooth(values):
+    """Exponential moving average over about a twentieth of the run, without its bias towards the first value."""
+    by, average, weight, result = max(0.0, 1 - 20 / len(values)), 0.0, 0.0, []
     for value in values:
         average, weight = by * average + (1 - by) * value, by * weight + (1 - by)
         result.append(average / weight)
@@ -100,6 +100,7 @@ def main(settings):
         axis.set_yscale("log")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
+    speed.set_ylim(bottom=0)
     loss.legend(fontsize=8)
     bits.legend(fontsize=8)
     try:
