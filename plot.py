@@ -50,8 +50,8 @@ def read_metrics(run):
 
 
 def smooth(values):
-    """Exponential moving average over about a twentieth of the run, without its bias towards the first value."""
-    by, average, weight, result = max(0.0, 1 - 20 / len(values)), 0.0, 0.0, []
+    """Exponential moving average over about a tenth of the run, without its bias towards the first value."""
+    by, average, weight, result = max(0.0, 1 - 10 / len(values)), 0.0, 0.0, []
     for value in values:
         average, weight = by * average + (1 - by) * value, by * weight + (1 - by)
         result.append(average / weight)

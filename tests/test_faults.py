@@ -39,7 +39,7 @@ def weights(out, step):
 
 def numbers(out):
     """The metrics that must repeat: all but the speed, and evaluations at the ends of parts."""
-    left_out = {"tokens_per_second", "mfu", "val_loss", "val_bpb"}
+    left_out = {"tokens_per_second", "mfu", "val_loss", "val_bpb", "unigram_loss", "bigram_loss"}
     return [{name: value for name, value in line.items() if name not in left_out} for line in metrics(out)]
 
 
