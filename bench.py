@@ -17,7 +17,6 @@ It needs requirements-dev.txt. To compare with llama.cpp, `pip install llama-cpp
 convert_hf_to_gguf.py made of the model.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -109,6 +108,10 @@ def warm_seconds(function, calls=3):
 
 def run(function):
     return function()
+
+
+def first_loss(step):
+    return step().item()
 
 
 def take_turns(contestants, rounds, clock=seconds):
@@ -213,20 +216,27 @@ def bench_train(settings, device):
     cuda = device.type == "cuda"
     seq_len = settings.seq_len or (2048 if cuda else 512)
     micro_batches = settings.micro_batches or ((8, 16, 32, 64) if cuda else (2,))
-    contestants, sizes, memory = {}, {}, {}
+    contestants, sizes, memory, losses = {}, {}, {}, {}
     for name in ("ours", "transformers", "transformers, compiled"):
         speeds = {}
         for micro_batch in micro_batches:  # which suits it best; what does not fit into memory is out
             contestant = Contestant(trainer, name, settings.size, seq_len, micro_batch, settings.device)
-            with contextlib.suppress(torch.OutOfMemoryError):
+            try:
                 if micro_batch == micro_batches[0]:
-                    memory[name] = contestant(peak_memory)
-                    contestants[name], sizes[name] = contestant, micro_batch
-                if len(micro_batches) > 1:
-                    speeds[micro_batch] = micro_batch * seq_len / contestant(warm_seconds)
-                    print(f"{name}, micro-batch {micro_batch}: {speeds[micro_batch]:,.0f} tokens/s", flush=True)
-                    if speeds[micro_batch] == max(speeds.values()):
-                        contestants[name], sizes[name] = contestant, micro_batch
+                    losses[name], memory[name] = contestant(first_loss), contestant(peak_memory)
+                speeds[micro_batch] = micro_batch * seq_len / contestant(warm_seconds)
+            except torch.OutOfMemoryError:
+                contestant.leave()
+                break
+            print(f"{name}, micro-batch {micro_batch}: {speeds[micro_batch]:,.0f} tokens/s", flush=True)
+            if speeds[micro_batch] < max(speeds.values()):
+                contestant.leave()
+                continue
+            if name in contestants:
+                contestants[name].leave()
+            contestants[name], sizes[name] = contestant, micro_batch
+    if max(losses.values()) - min(losses.values()) > 0.02:
+        sys.exit(f"the contestants do not compute the same loss: {losses}")
     names = [name for name in contestants if name != "ours"]
     times = take_turns(contestants, settings.rounds, warm_seconds)
     per_token = {name: [t / (sizes[name] * seq_len) for t in times[name]] for name in times}
@@ -421,7 +431,7 @@ def read_metrics(folder):
 
 
 def tiny(*args, **environment):
-    """Train config/tiny.py in a new folder: its last validation bits a byte, seconds to the first step and after it."""
+    """Train config/tiny.py in a new folder: its last metrics, seconds to the first step and after it."""
     script("prepare.py", "config/tiny.py")
     with tempfile.TemporaryDirectory() as folder:
         lines = script(
@@ -429,25 +439,28 @@ def tiny(*args, **environment):
         )
         steps = [(when, line) for when, line in lines if re.match(r"step [1-9]", line)]
         metrics = read_metrics(folder)
-    return metrics[-1]["val_bpb"], steps[0][0], steps[-1][0] - steps[0][0]
+    return metrics[-1], steps[0][0], steps[-1][0] - steps[0][0]
 
 
 def bench_learn(settings, device):
     """How long config/tiny.py takes to the validation loss that it has after 120 s of AdamW at its best rate."""
-    speed = 100 / tiny("--max_steps=101")[2]  # steps a second
-    budget = round(120 * speed)
+    metrics = tiny("--max_steps=100", "--log_interval=100")[0]
+    budget = round(120 * metrics["tokens_per_second"] * metrics["step"] / metrics["tokens"])
 
-    def run(steps, *args):
-        return tiny(f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}", *args)
+    def train(steps, *args):
+        metrics, _, took = tiny(
+            f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}", *args
+        )
+        return metrics["val_bpb"], took
 
     adamw = {}
     for rate in (1e-3, 2e-3, 3e-3):
-        bpb, _, took = run(budget, "--optimizer=adamw", f"--learning_rate={rate}")
+        bpb, took = train(budget, "--optimizer=adamw", f"--learning_rate={rate}")
         adamw[bpb] = took
         print(f"AdamW, learning rate {rate}: {bpb:.4f} bits a byte after {budget} steps, {took:.0f} s", flush=True)
     goal = min(adamw)
     for share in (0.4, 0.45, 0.5, 0.6, 0.8, 1.0):
-        bpb, _, took = run(round(budget * share))
+        bpb, took = train(round(budget * share))
         print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
         if bpb <= goal:
             return [{"what": f"time to {goal:.3f} bits a byte, config/tiny.py", "against": "AdamW, its best rate",

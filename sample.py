@@ -14,10 +14,10 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+import train
 from checkpoint import find_checkpoint
 from config import load_settings
 from model import SmolLM2
-from train import choose_device
 
 
 @dataclass
@@ -40,20 +40,18 @@ class Settings:
 def choose_dtype(name, device):
     """The type of a name, or for auto the one whose weights are read fastest, for that is what each token waits for.
 
-    A GPU that has bfloat16 takes it. A CPU reads half the bytes in float16, and reads bfloat16 more slowly: PyTorch's
+    On a GPU it is the one of training. A CPU reads half the bytes in float16, and reads bfloat16 more slowly: PyTorch's
     products of a matrix and one row are made for the other. Without AVX2, float16 is emulated, and slower than either.
     """
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
+    if name != "auto" or device.type == "cuda":
+        return train.choose_dtype(name, device)
     slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
     return torch.float32 if slow else torch.float16
 
 
 def load(settings):
     """The model and its tokenizer, ready to write; exits with one sentence if that cannot be."""
-    device = choose_device(settings.device)
+    device = train.choose_device(settings.device)
     try:
         folder = find_checkpoint(settings.model)
         model = SmolLM2.from_pretrained(folder, choose_dtype(settings.dtype, device), device)

@@ -224,7 +224,7 @@ def main(settings):
     peak_flops = None
     if device.type == "cpu":
         keep_freed_memory()
-    if device.type == "cuda":
+    elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
         peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)

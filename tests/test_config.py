@@ -49,6 +49,17 @@ def test_every_configuration_fits_every_script(name, script):
         train.check_settings(settings, world_size=1)
 
 
+def test_the_two_small_runs():
+    overfit, cosmo = (
+        load_settings("train", train.Settings, [f"{ROOT}/config/{name}.py"]) for name in ("overfit", "cosmo5k")
+    )
+    assert overfit.repeat_steps == 1 and overfit.model.vocab_size == 49_152
+    assert (cosmo.batch_tokens, cosmo.seq_len, cosmo.max_steps) == (32 * 512, 512, 5000)
+    assert (cosmo.optimizer, cosmo.learning_rate, cosmo.grad_clip) == ("adamw", 3e-4, 1.0)
+    assert train.learning_rate(99, cosmo) == train.learning_rate(4999, cosmo) == 3e-4
+    assert train.learning_rate(49, cosmo) == 1.5e-4
+
+
 def test_configurations_have_the_published_shapes_and_recipes():
     count = {"smollm2": 134_515_008, "smollm2_360m": 361_821_120, "smollm2_1_7b": 1_711_376_384}
     for name, parameters in count.items():

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, metrics, run
+from conftest import SMALL, metrics, run
 from test_train import trainer, values, write_shard
 
 from model import SmolLM2, SmolLM2Config
@@ -79,7 +79,7 @@ def test_a_pair_between_two_blocks_is_counted():
 
 def test_one_batch_again_and_again(tmp_path, data):
     run("train.py", "config/overfit.py", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}", "--max_steps=100",
-        "--repeat_steps=1", "--model.vocab_size=0")  # fmt: skip
+        "--model.vocab_size=0")  # fmt: skip
     assert values(tmp_path, "loss")[100] < 0.1
     assert values(tmp_path, "unique_tokens")[100] == 256
     assert values(tmp_path, "val_loss")[100] > 1
@@ -99,13 +99,3 @@ def test_a_run_and_its_second_part(tmp_path, data):
     assert rates[5] < rates[10] == rates[100] == rates[101] == rates[150] == 0.01
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
         "checkpoint-000050", "checkpoint-000100", "checkpoint-000150"]  # fmt: skip
-
-
-def test_the_configurations_say_what_they_are_known_for():
-    overfit, cosmo = ({} for _ in range(2))
-    exec((ROOT / "config" / "overfit.py").read_text(), overfit)
-    exec((ROOT / "config" / "cosmo5k.py").read_text(), cosmo)
-    assert overfit["train"]["model"]["vocab_size"] == 49_152
-    assert overfit["train"]["batch_tokens"] == overfit["train"]["micro_batch"] * overfit["train"]["seq_len"]
-    settings = {name: cosmo["train"][name] for name in ("micro_batch", "seq_len", "batch_tokens", "max_steps")}
-    assert settings == {"micro_batch": 32, "seq_len": 512, "batch_tokens": 32 * 512, "max_steps": 5000}
