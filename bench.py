@@ -36,9 +36,10 @@ import tyro
 
 import sample
 from bins import Windows, open_bins, to_device
+from devices import choose_device, choose_dtype, keep_freed_memory, peak_flops
 from model import SmolLM2, SmolLM2Config, training_flops
-from train import PEAK_FLOPS, choose_device, choose_dtype, compile_parts, keep_freed_memory, make_optimizers
 from train import Settings as TrainSettings
+from train import compile_parts, make_optimizers
 
 ROOT = Path(__file__).parent
 
@@ -242,8 +243,7 @@ def bench_train(settings, device):
     per_token = {name: [t / (sizes[name] * seq_len) for t in times[name]] for name in times}
     label = f"training, {settings.size}, length {seq_len}"
     rows = [compare(per_token["ours"], per_token[name], label, name, 1, "tokens/s") for name in names]
-    peak = next((flops for name, flops in PEAK_FLOPS.items() if cuda and name in torch.cuda.get_device_name()), None)
-    if peak:
+    if peak := peak_flops(device):
         mfu = training_flops(model_config(settings.size), seq_len) / statistics.median(per_token["ours"]) / peak
         rows.append({"what": label, "against": "peak of the device", "ratio": mfu, "unit": "MFU"})
     for name in names:
@@ -526,6 +526,13 @@ def table(rows):
 
 
 def main(settings):
+    try:  # contestants import what they need, but in processes of their own
+        import transformers  # noqa: F401
+
+        if settings.gguf:
+            import llama_cpp  # noqa: F401
+    except ImportError as error:
+        sys.exit(f"{error}; pip install -r requirements-dev.txt, and for --gguf pip install llama-cpp-python")
     device = choose_device(settings.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}-{os.cpu_count()}-cores"
     path = ROOT / "bench" / f"results-{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
@@ -543,4 +550,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    main(tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

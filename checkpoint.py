@@ -6,6 +6,7 @@ A checkpoint is a folder as the Hugging Face hub has them:
     generation_config.json    the token that ends a text
     model.safetensors         the weights, or several such files and model.safetensors.index.json
     tokenizer.json            with tokenizer_config.json, what transformers needs to make a tokenizer of it
+    README.md                 in checkpoints of train.py: the model card
     trainer_state.pt          in checkpoints of train.py: what it takes to go on
 
 Weights are safetensors, and the trainer's state is read with weights_only=True: no pickle is ever executed.
@@ -53,7 +54,7 @@ def find_checkpoint(name):
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     except (OSError, ValueError) as error:  # what the hub's client raises; the first line says it
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"{name} is no folder here, and the hub does not give it: {reason}") from error
@@ -172,7 +173,7 @@ def write_json(path, values):
         file.write(json.dumps(values, indent=2) + "\n")
 
 
-def save_checkpoint(out_dir, step, model, tokenizer_file, state, keep):
+def save_checkpoint(out_dir, step, model, tokenizer_file, card, state, keep):
     """Save checkpoint-NNNNNN beside its final name, and rename it once all of it is on the disk: under that name there
     is never a broken one. Then remove all but the newest. Returns whether that went well: a full disk costs the run one
     checkpoint, not its life."""
@@ -186,6 +187,7 @@ def save_checkpoint(out_dir, step, model, tokenizer_file, state, keep):
         write_json(
             temporary / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special | length
         )
+        (temporary / "README.md").write_text(card, encoding="utf-8")
         with open(temporary / "trainer_state.pt", "wb") as file:  # Python's file says what is wrong with the disk
             torch.save(state, file)
         for path in temporary.iterdir():

@@ -66,6 +66,8 @@ def main(settings):
         from matplotlib import pyplot as plt
     except ImportError:
         sys.exit("plot.py needs matplotlib: pip install matplotlib")
+    if not settings.runs:
+        sys.exit("plot.py draws the runs that it is given: python plot.py out/tiny")
     figure, axes = plt.subplots(3, 2, figsize=(12, 12), layout="constrained")
     loss, bits, rate, norm, speed, unique = axes.flat
     for number, run in enumerate(settings.runs):
@@ -111,4 +113,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    main(tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))

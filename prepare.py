@@ -112,7 +112,7 @@ def train_tokenizer(settings, files):
         vocab_size=int(size),
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        show_progress=sys.stderr.isatty(),
     )
     texts = (text for file in files for text in documents(file, settings.max_documents))
     texts = (text for text in texts if not for_evaluation(text, settings.val_fraction))
@@ -131,7 +131,7 @@ def for_evaluation(text, val_fraction):
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-WORD_BREAK = re.compile("(?<=[a-z]) (?=[a-z])")
+WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a space between two letters, of any script
 
 
 def pieces(texts, val_fraction, size=500_000):
@@ -219,7 +219,7 @@ def guessing_losses(train, val, prior=100):
     counts = np.zeros(2**16)
     pairs, place = np.unique(as_pairs(val), return_inverse=True)
     pair_counts = np.zeros(len(pairs))
-    for start in range(0, len(train), 2**22):
+    for start in tqdm(range(0, len(train), 2**22), "counting pairs", leave=False, delay=1, disable=None):
         counts += np.bincount(train[start : start + 2**22], minlength=2**16)
         block = np.sort(as_pairs(train[start : start + 2**22 + 1]))
         pair_counts += np.searchsorted(block, pairs, "right") - np.searchsorted(block, pairs, "left")
@@ -331,8 +331,13 @@ def main(settings):
                     f"shard {index:05d} could not be written: {error.strerror or error}; what was begun is removed."
                 )
             continue
-        made = json.loads(path.read_bytes())
-        for name in record.keys() - {"tokenizer"}:  # its sha256 says more than its name
+        try:
+            made = dict(json.loads(path.read_bytes()))
+        except (ValueError, TypeError):
+            sys.exit(f"{path} is damaged; remove it to make the shard again.")
+        for name in record:
+            if name == "tokenizer" and not settings.tokenizer.startswith("train:"):
+                continue  # its sha256 says more than its name
             if made.get(name) != record[name]:
                 sys.exit(f"{path} was made with {name} = {made.get(name)}, and now it is {record[name]}; take another "
                          "--data_dir, or remove that file to make the shard again.")  # fmt: skip

@@ -2,8 +2,10 @@
 
 python sample.py --model=out/tiny --prompt="Parameters"
 python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt=FILE:opening.txt --num_samples=3
+python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True
 """
 
+import contextlib
 import os
 import sys
 from dataclasses import dataclass
@@ -14,8 +16,8 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-import train
-from checkpoint import find_checkpoint
+import devices
+from checkpoint import find_checkpoint, read_json
 from config import load_settings
 from model import SmolLM2
 
@@ -35,6 +37,7 @@ class Settings:
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest to read
     compile: bool = False  # fuse the layers first: takes a while, which long texts repay
+    chat: bool = False  # a conversation in place of the prompt, with a model that was taught to have one
 
 
 def choose_dtype(name, device):
@@ -44,17 +47,18 @@ def choose_dtype(name, device):
     products of a matrix and one row are made for the other. Without AVX2, float16 is emulated, and slower than either.
     """
     if name != "auto" or device.type == "cuda":
-        return train.choose_dtype(name, device)
+        return devices.choose_dtype(name, device)
     slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
     return torch.float32 if slow else torch.float16
 
 
 def load(settings):
-    """The model and its tokenizer, ready to write; exits with one sentence if that cannot be."""
-    device = train.choose_device(settings.device)
+    """The model, its tokenizer and its chat template (or None); exits with one sentence if that cannot be."""
+    device = devices.choose_device(settings.device)
     try:
         folder = find_checkpoint(settings.model)
         model = SmolLM2.from_pretrained(folder, choose_dtype(settings.dtype, device), device)
+        template = chat_template(folder)
     except ValueError as error:
         sys.exit(str(error))
     try:
@@ -64,16 +68,16 @@ def load(settings):
     if settings.compile:
         for layer in model.model.layers:
             layer.compile()
-    return model, tokenizer
+    return model, tokenizer, template
 
 
-def stream(model, tokenizer, prompt, settings, generator):
-    """Yield the continuation of a prompt in pieces of whole characters.
+def stream(model, tokenizer, ids, settings, generator):
+    """Yield the continuation of a prompt, given as ids, in pieces of whole characters.
 
     A character may be split over several tokens: the decoder holds its first bytes back until the last has come.
-    Special tokens are not shown.
+    Special tokens are not shown. Raises ValueError if prompt and continuation pass the model's positions.
     """
-    ids = tokenizer.encode(prompt).ids or [model.config.bos_token_id]
+    ids = ids or [model.config.bos_token_id]  # an empty prompt begins a document
     decoder = DecodeStream(ids, skip_special_tokens=True)
     tokens = model.generate(
         torch.tensor([ids], device=generator.device),
@@ -86,6 +90,80 @@ def stream(model, tokenizer, prompt, settings, generator):
     )
     for token in tokens:
         yield decoder.step(tokenizer, token.item()) or ""
+
+
+# ---- Conversations --------------------------------------------------------------------------------------------------
+#
+# A model that chats still does nothing but continue a text. The text is the conversation so far, written as the model
+# was taught to read it, up to where its answer belongs; the token with which it ends the answer is its eos_token_id.
+
+
+def chat_template(folder):
+    """How a model wants conversations written, a function: [{"role": "user", "content": "Hello"}, ...] -> prompt.
+
+    It is a Jinja program in the checkpoint, and may be anybody's: it runs in a sandbox. None where there is none; a
+    ValueError for one that is damaged.
+    """
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    separate, path = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
+    names = read_json(path) if path.exists() else {}
+    source = separate.read_text(encoding="utf-8") if separate.exists() else names.get("chat_template")
+    if source is None:
+        return None
+    tokens = {name: names.get(name) for name in ("bos_token", "eos_token")}
+    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
+    try:
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    except (TemplateError, TypeError) as error:
+        raise ValueError(f"{folder}: its chat template is damaged: {error}") from error
+
+    def render(messages):
+        try:
+            return template.render(messages=messages, add_generation_prompt=True, **tokens)
+        except TemplateError as error:
+            raise ValueError(f"the model's chat template refuses this: {error}") from error
+
+    return render
+
+
+def answer(model, tokenizer, template, messages, settings, generator):
+    """Yield the answer to the last of the messages in pieces, as stream does. What is too long for the model's
+    positions loses its beginning, a question and its answer at a time."""
+    room = model.config.max_position_embeddings - settings.max_new_tokens
+    ids = tokenizer.encode(template(messages), add_special_tokens=False).ids
+    while len(ids) > room and len(messages) > 2:
+        messages = messages[2:]
+        ids = tokenizer.encode(template(messages), add_special_tokens=False).ids
+    yield from stream(model, tokenizer, ids, settings, generator)
+
+
+def chat(model, tokenizer, template, settings, generator):
+    """A conversation in the terminal. Ctrl-C ends an answer, and at the prompt, like Ctrl-D, the conversation."""
+    with contextlib.suppress(ImportError):  # lets the arrow keys work in input()
+        import readline  # noqa: F401
+    messages = []
+    while True:
+        try:
+            question = {"role": "user", "content": input("> " if sys.stdin.isatty() else "")}
+        except (EOFError, KeyboardInterrupt):
+            return
+        text = ""
+        try:
+            for piece in answer(model, tokenizer, template, [*messages, question], settings, generator):
+                print(piece, end="", flush=True)
+                text += piece
+        except KeyboardInterrupt:
+            pass
+        except ValueError as error:  # the question alone is too long
+            print(error)
+            continue
+        print("\n")
+        messages += [question, {"role": "assistant", "content": text}]
+
+
+# ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def check_settings(settings):
@@ -109,13 +187,18 @@ def main(settings):
             prompt = Path(prompt[5:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             sys.exit(f"--prompt={prompt} cannot be read: {error}")
-    model, tokenizer = load(settings)
+    model, tokenizer, template = load(settings)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed)
+    if settings.chat and not template:
+        sys.exit(f"--model={settings.model} has no chat template, it only continues texts; HuggingFaceTB/"
+                 "SmolLM2-135M-Instruct has one, or leave out --chat=True.")  # fmt: skip
+    if settings.chat:
+        return chat(model, tokenizer, template, settings, generator)
     try:
         for number in range(settings.num_samples):
             if number:
                 print("\n" + "-" * 80)
-            pieces = stream(model, tokenizer, prompt, settings, generator)
+            pieces = stream(model, tokenizer, tokenizer.encode(prompt).ids, settings, generator)
             print(prompt + next(pieces, ""), end="", flush=True)
             for piece in pieces:
                 print(piece, end="", flush=True)

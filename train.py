@@ -9,29 +9,33 @@ Face world can load, out_dir/checkpoint-NNNNNN/.
 """
 
 import contextlib
-import ctypes
 import dataclasses
 import datetime
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from bins import Windows, open_bins, to_device, validation_windows
-from checkpoint import load_state, newest_checkpoint, remove_old_checkpoints, save_checkpoint
+from card import model_card
+from checkpoint import find_checkpoint, load_state, newest_checkpoint, remove_old_checkpoints, save_checkpoint
 from config import flatten, load_settings
+from devices import can_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops
 from model import SmolLM2, SmolLM2Config, training_flops
+from tracking import open_tracker
 
 # SmolLM2-135M as it was pretrained: the published context of 8192 came from a second, short stage.
 PRETRAINED = SmolLM2Config(vocab_size=0, max_position_embeddings=2048, rope_theta=10_000.0)
@@ -57,10 +61,12 @@ class Settings:
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of matrix products; auto: the fastest to work
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
     compile: bool = True  # let torch.compile fuse the layers: a minute at the start, far faster afterwards
+    checkpoint_activations: bool = False  # keep less for the backward pass and compute it again: less memory, slower
     seed: int = 0  # of the initial weights and the order of the data
-    init_from: str = "scratch"  # or a checkpoint folder or hub id, whose weights and architecture to start from
+    init_from: str = "scratch"  # scratch, or a checkpoint folder or hub id: weights and architecture to begin with
     resume: bool = False  # go on from the newest checkpoint of out_dir, if there is one
     log_interval: int = 10  # steps between lines of the log
+    log_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to write it; each needs pip install
     eval_interval: int = 100  # steps between evaluations
     eval_tokens: int = 1_048_576  # tokens of the validation data to evaluate on, the same each time
     save_interval: int = 100  # steps between checkpoints
@@ -73,51 +79,14 @@ class Settings:
     model: SmolLM2Config = field(default_factory=lambda: PRETRAINED)  # architecture; vocab_size 0: that of the data
 
 
-# ---- Devices --------------------------------------------------------------------------------------------------------
-
-# Dense 16-bit matrix products, in operations a second, from the makers' data sheets: what MFU is a fraction of.
-PEAK_FLOPS = {  # the first name that is part of the device's counts
-    "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12,
-    "L40S": 362e12, "L40": 181e12, "L4": 121e12, "V100": 125e12, "T4": 65e12,
-    "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+# ---- The model in memory and in the compiler -------------------------------------------------------------------------
 
 
-def choose_device(name, local_rank=0):
-    """The device of a name, or for auto the best there is; exits with one sentence if it cannot be used."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name, local_rank) if name == "cuda" else torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        sys.exit(f"--device={name} cannot be used here: {str(error).splitlines()[0]}")
-    return device
-
-
-def choose_dtype(name, device):
-    """The type of a name; auto is bfloat16 where the hardware multiplies it, float16 on older GPUs, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    fast_on_cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if device.type == "cpu" and fast_on_cpu else torch.float32
-
-
-def can_compile(device):
-    """Whether torch.compile has the compiler that it needs: on a CPU one for C++, which not every machine has."""
-    compiler = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
-    return device.type == "cuda" or (device.type == "cpu" and shutil.which(os.environ.get("CXX", compiler)))
-
-
-def keep_freed_memory():
-    """On a CPU with glibc, reuse large blocks. It would hand them back to the system and ask for new ones, whose pages
-    have to be cleared: a tenth of a step of the 135M."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+def checkpoint_activations(model):
+    """Keep no more of a layer than its input, and run it again when the backward pass comes to it (Chen et al. 2016,
+    arXiv 1604.06174): a third more computing, for memory."""
+    for layer in model.model.layers:
+        layer.forward = partial(torch.utils.checkpoint.checkpoint, layer.forward, use_reentrant=False)
 
 
 def compile_parts(model):
@@ -203,6 +172,14 @@ def check_resumed(checkpoint, state, settings, shards):
                      "run with the same, or begin another with --init_from.")  # fmt: skip
 
 
+def check_tokenizer(folder, tokenizer):
+    """Exit if a token of the data means something else to the model that the run starts from."""
+    path = os.path.join(folder, "tokenizer.json")
+    known = Tokenizer.from_file(path).get_vocab() if os.path.exists(path) else tokenizer.get_vocab()
+    if any(known.get(token) != id for token, id in tokenizer.get_vocab().items()):
+        sys.exit(f"the data has other tokens than {folder}: prepare it with --tokenizer={path}, into another folder.")
+
+
 def rewind_metrics(path, step):
     """Drop the lines of metrics.jsonl that come after a step, for they will be written again, and any half-written."""
     kept = []
@@ -220,14 +197,12 @@ def main(settings):
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     check_settings(settings, world_size)
     device = choose_device(settings.device, local_rank)
-    dtype = choose_dtype(settings.dtype, device)
-    peak_flops = None
+    dtype, peak = choose_dtype(settings.dtype, device), peak_flops(device)
     if device.type == "cpu":
         keep_freed_memory()
     elif device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-        peak_flops = next((flops for name, flops in PEAK_FLOPS.items() if name in torch.cuda.get_device_name()), None)
     if world_size > 1:  # a rank that waits this long for the others takes them for dead, and ends the job
         timeout = datetime.timedelta(seconds=settings.timeout)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
@@ -235,6 +210,10 @@ def main(settings):
     def say(text):
         if rank == 0:
             print(text, flush=True)
+
+    def progress(items, doing):
+        """The items, with a bar where they take more than a second and somebody watches a terminal."""
+        return tqdm(items, doing, leave=False, delay=1, disable=None if rank == 0 else True)
 
     # Data. A step takes `sequences` windows; each rank goes through its share of them in micro-batches.
     sequences = settings.batch_tokens // settings.seq_len
@@ -272,7 +251,9 @@ def main(settings):
             check_resumed(checkpoint, state, settings, shards)
             step = state["step"]
         if checkpoint or settings.init_from != "scratch":
-            model = SmolLM2.from_pretrained(checkpoint or settings.init_from)
+            folder = checkpoint or find_checkpoint(settings.init_from)
+            model = SmolLM2.from_pretrained(folder)
+            check_tokenizer(folder, tokenizer)
         else:
             config = dataclasses.replace(settings.model, vocab_size=settings.model.vocab_size or data_vocab)
             model = SmolLM2(dataclasses.replace(config, bos_token_id=end_of_text, eos_token_id=end_of_text))
@@ -283,9 +264,12 @@ def main(settings):
         sys.exit(f"the model has {config.vocab_size} tokens and {config.max_position_embeddings} positions, too few "
                  f"for the {data_vocab} tokens of the data, or for seq_len = {settings.seq_len}.")  # fmt: skip
     model.to(device)
+    if settings.checkpoint_activations:
+        checkpoint_activations(model)
     if settings.compile and not can_compile(device):
         say("training without torch.compile: it needs a CUDA device, or a C++ compiler for the CPU")
     elif settings.compile:
+        say("compiling: the first step waits for it")
         compile_parts(model)
     replica = model
     if world_size > 1:  # averages gradients over the ranks while the backward pass still runs
@@ -305,6 +289,7 @@ def main(settings):
         out_dir.mkdir(parents=True, exist_ok=True)
         remove_old_checkpoints(out_dir, settings.keep_checkpoints)
         rewind_metrics(metrics_file, step if state else -1)
+        track = open_tracker(settings, step)
 
     # What the loop calls now and then.
     def evaluate():
@@ -312,7 +297,8 @@ def main(settings):
         tokenizer; beside them the marks that guessing by counts sets. The model runs as in training, but no backward
         pass follows: so what was compiled serves here too."""
         total = torch.zeros(2, device=device)  # nats, windows
-        for first in range(rank * settings.micro_batch, len(val_windows), world_size * settings.micro_batch):
+        firsts = range(rank * settings.micro_batch, len(val_windows), world_size * settings.micro_batch)
+        for first in progress(firsts, "evaluation"):
             windows = val_windows[first : first + settings.micro_batch]
             count, missing = len(windows), settings.micro_batch - len(windows)
             inputs, targets = to_device(windows + windows[:1] * missing, device, config.vocab_size)
@@ -337,11 +323,7 @@ def main(settings):
     def log(loss=None, rate=None, grad_norm=None, **evaluation):
         """A line on the screen, and one in metrics.jsonl, where null is what was not measured or not finite."""
         speed = timed_steps * settings.batch_tokens / seconds if timed_steps else None
-        mfu = (
-            speed * training_flops(config, settings.seq_len) / (peak_flops * world_size)
-            if speed and peak_flops
-            else None
-        )
+        mfu = speed * training_flops(config, settings.seq_len) / (peak * world_size) if speed and peak else None
         tokens, epoch = step * settings.batch_tokens, train_windows.per_epoch * settings.seq_len
         unique = min(tokens, epoch, (settings.repeat_steps or step) * settings.batch_tokens)
         metrics = {"step": step, "loss": loss, "learning_rate": rate, "grad_norm": grad_norm, "tokens": tokens,
@@ -360,6 +342,7 @@ def main(settings):
             try:
                 with open(metrics_file, "a") as file:
                     file.write(json.dumps(finite) + "\n")
+                track({name: value for name, value in finite.items() if value is not None})
             except OSError as error:  # a full disk costs a line, not the run
                 say(f"{metrics_file} could not be written: {error.strerror}")
 
@@ -396,7 +379,7 @@ def main(settings):
 
         # Forward and backward, one micro-batch after the other: their gradients add up.
         loss = torch.zeros((), device=device)
-        for micro in range(accumulation):
+        for micro in progress(range(accumulation), f"step {step + 1}"):
             batch = step % settings.repeat_steps if settings.repeat_steps else step
             first = batch * sequences + rank * share + micro * settings.micro_batch
             windows = [train_windows[i] for i in range(first, first + settings.micro_batch)]
@@ -448,7 +431,8 @@ def main(settings):
             state = {"step": step, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                      "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
                      "settings": dataclasses.asdict(settings), "data": shards}  # fmt: skip
-            saved = save_checkpoint(out_dir, step, model, tokenizer_file, state, settings.keep_checkpoints)
+            card = model_card(settings, shards, parameters, step, {"loss": loss} | evaluation)
+            saved = save_checkpoint(out_dir, step, model, tokenizer_file, card, state, settings.keep_checkpoints)
 
     if world_size > 1:
         dist.barrier()  # rank 0 may still be saving; and a rank that left in haste could trip over its own threads

@@ -28,7 +28,8 @@ def load_settings(section, cls, argv=None):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
             sys.exit(f"{arg!r} is not a setting of {section}.py, as --name=value; {hint}")
-    return tyro.cli(cls, args=args, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    about = sys.modules[cls.__module__].__doc__  # the script's own: what it is for, and commands to start from
+    return tyro.cli(cls, args=args, description=about, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
 
 
 def file_arguments(path, section):

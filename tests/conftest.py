@@ -95,6 +95,32 @@ def trained(data, tmp_path_factory):
     return out
 
 
+CHAT_TEMPLATE = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
+Be brief.<|im_end|>
+{% endif %}<|im_start|>{{ message['role'] }}
+{{ message['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""  # in the manner of SmolLM2's Instruct models
+
+
+@pytest.fixture(scope="session")
+def instruct(trained, tmp_path_factory):
+    """The trained model as an Instruct model on the hub, written by transformers: in bfloat16, in several files, with a
+    chat template and an end token of its own."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("instruct") / "SmolLM2-Instruct"
+    model = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-000040", dtype="bfloat16")
+    model.config.bos_token_id = model.generation_config.bos_token_id = 1
+    model.config.eos_token_id = model.generation_config.eos_token_id = 2
+    model.save_pretrained(folder, max_shard_size="20KB")
+    tokenizer = AutoTokenizer.from_pretrained(trained / "checkpoint-000040")
+    tokenizer.chat_template, tokenizer.bos_token, tokenizer.eos_token = CHAT_TEMPLATE, "<|im_start|>", "<|im_end|>"
+    tokenizer.save_pretrained(folder)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    return folder
+
+
 @pytest.fixture
 def hub(tmp_path):
     """A hub on loopback, with an empty cache to download into: pass hub.environment to a script."""

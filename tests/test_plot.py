@@ -15,6 +15,7 @@ def test_one_run_and_two_compared(trained, tmp_path):
 
 
 def test_what_cannot_be_drawn(trained, tmp_path):
+    assert "out/tiny" in refused("plot.py")
     assert "metrics.jsonl" in refused("plot.py", tmp_path)
     (tmp_path / "metrics.jsonl").write_text("{broken")
     assert "metrics.jsonl" in refused("plot.py", tmp_path)

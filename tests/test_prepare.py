@@ -148,6 +148,15 @@ def test_a_shard_made_otherwise_is_not_overwritten(tmp_path, tokenizer):
     other = tmp_path / "tokenizer.json"
     other.write_bytes(tokenizer.read_bytes() + b"\n")
     assert "another tokenizer" in refused("prepare.py", *arguments[:2], f"--tokenizer={other}")
+    (tmp_path / "out" / "shard-00000.json").write_text('{"train": ')
+    assert "damaged" in refused("prepare.py", *arguments, "--val_fraction=0.2")
+
+
+def test_a_tokenizer_of_another_size_is_not_the_one_that_is_there(tmp_path, corpus):
+    arguments = (f"--source={corpus}", f"--data_dir={tmp_path}")
+    run("prepare.py", *arguments, "--tokenizer=train:290")
+    assert "there already" in run("prepare.py", *arguments, "--tokenizer=train:290")
+    assert "train:290" in refused("prepare.py", *arguments, "--tokenizer=train:300")
 
 
 # ---- Texts
@@ -176,7 +185,7 @@ def test_half_a_character_becomes_a_question_mark(tmp_path, tokenizer):
 
 
 def test_cutting_a_huge_text_does_not_change_its_tokens(tokenizer):
-    text = " ".join(TEXTS)
+    text = " ".join([*TEXTS, "Кошка видит мышь, пёс слышит 3 пчелы. " * 20]).strip()
     tokenizer = Tokenizer.from_file(str(tokenizer))
     pieces = list(prepare.pieces([text, "x" * 999], 0, size=100))
     assert pieces[-1] == ("train", "x" * 999, True)

@@ -1,4 +1,4 @@
-"""The README's first command, as a newcomer runs it, with fewer steps."""
+"""The README's commands, as a newcomer runs them, with fewer steps."""
 
 import json
 import re
@@ -7,24 +7,59 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import ROOT, environment
+from conftest import ROOT, environment, metrics, sentences
+from transformers import AutoModelForCausalLM
+
+
+def commands(heading):
+    """The first commands below a heading."""
+    section = (ROOT / "README.md").read_text().split(heading, 1)[1]
+    return re.search(r"```sh\n(.*?)\n```", section, re.DOTALL)[1]
+
+
+def as_typed(commands, folder, **variables):
+    """Run them in a folder that has nothing but the project's code; returns what they print."""
+    for path in [*ROOT.glob("*.py"), ROOT / "config"]:
+        (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
+    done = subprocess.run(["bash", "-e", "-c", commands], cwd=folder, env=environment(PATH=path, **variables),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 def test_the_first_command(tmp_path):
-    for path in [*ROOT.glob("*.py"), ROOT / "config"]:
-        (shutil.copytree if path.is_dir() else shutil.copy)(path, tmp_path / path.name)
-    first = re.search(r"```sh\n(.*)\n```", (ROOT / "README.md").read_text())[1]
+    first = commands("# SmolLM2 from scratch")
     install, rest = first.split("requirements.txt && ")
     assert install.endswith("pip install -r ")
     steps = rest.replace("train.py config/tiny.py", "train.py config/tiny.py --max_steps=3 --eval_tokens=4096")
     assert steps.count("--max_steps") == 1
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    done = subprocess.run(
-        ["bash", "-c", steps], cwd=tmp_path, env=environment(PATH=path), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = as_typed(steps, tmp_path)
     shard = json.loads((tmp_path / "data" / "python-docs" / "shard-00000.json").read_text())
     assert shard["train"]["documents"] > 7000 and shard["train"]["bytes"] > 6e6
     assert 0.03 < shard["val"]["documents"] / shard["train"]["documents"] < 0.07
-    assert done.stdout.rsplit("lets it write\n", 1)[1].startswith("Parameters")
+    assert printed.rsplit("lets it write\n", 1)[1].startswith("Parameters")
     assert (tmp_path / "out" / "tiny" / "checkpoint-000003" / "model.safetensors").exists()
+
+
+def test_the_recipe_for_your_own_text(tmp_path, hub, trained):
+    published = hub.folder / "models" / "HuggingFaceTB"
+    theirs = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-000040", dtype="bfloat16")
+    theirs.save_pretrained(published / "SmolLM2-135M", max_shard_size="20KB")
+    (published / "cosmo2-tokenizer").mkdir()
+    shutil.copy(trained / "checkpoint-000040" / "tokenizer.json", published / "cosmo2-tokenizer")
+    (tmp_path / "books").mkdir()
+    for number, text in enumerate(sentences(100, seed=1)):
+        (tmp_path / "books" / f"{number}.txt").write_text(text.replace("bird", "horse"))
+    recipe = commands("## Your own text")
+    fewer = "--max_steps=20 --seq_len=32 --eval_tokens=320 --compile=False --device=cpu --dtype=float32"
+    recipe = recipe.replace("--max_steps=200", fewer).replace("--batch_tokens=65536", "--batch_tokens=256")
+    recipe = recipe.replace("sample.py", "sample.py --max_new_tokens=60")
+    assert recipe.count(fewer) == recipe.count("--batch_tokens=256") == recipe.count("--max_new_tokens=60") == 1
+    printed = as_typed(recipe, tmp_path, **hub.environment)
+    assert printed.rsplit("lets it write\n", 1)[1].startswith("It was")
+    lines = metrics(tmp_path / "out" / "books")
+    assert lines[0]["val_loss"] < 3  # it began with what the published one knows
+    assert lines[-1]["val_loss"] < lines[0]["val_loss"]
+    card = (tmp_path / "out" / "books" / "checkpoint-000020" / "README.md").read_text()
+    assert "base_model: HuggingFaceTB/SmolLM2-135M\n" in card

@@ -1,11 +1,14 @@
 """Text from a checkpoint, through the command line."""
 
+import json
 import shutil
+import subprocess
 
 import pytest
 import torch
-from conftest import refused, run
+from conftest import ROOT, command, environment, refused, run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
 from model import SmolLM2Config
@@ -50,6 +53,71 @@ def test_model_by_run_by_checkpoint_and_from_the_hub(trained, hub):
     assert not any("trainer_state" in request for request in hub.requests)
 
 
+# ---- Conversations
+
+
+def converse(questions, *args, **variables):
+    done = subprocess.run(
+        command("sample.py", "--chat=True", "--temperature=0", "--dtype=float32", *args), cwd=ROOT, text=True,
+        env=environment(**variables), input="".join(f"{question}\n" for question in questions), capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split("\n\n")[:-1]
+
+
+def test_a_conversation_is_that_of_transformers(instruct, hub):
+    name = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    shutil.copytree(instruct, hub.folder / "models" / name)
+    tokenizer = AutoTokenizer.from_pretrained(instruct)
+    theirs = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32)
+    questions, messages, forgot = [f"{number}?" for number in range(6)], [], False
+    answers = converse(questions, f"--model={name}", "--max_new_tokens=12", **hub.environment)
+    assert len(answers) == len(questions) and len(set(answers)) > 1
+    for question, answer in zip(questions, answers, strict=True):
+        messages.append({"role": "user", "content": question})
+        while (ids := encode(tokenizer, messages)).size(1) > 128 - 12:  # what does not fit is forgotten
+            messages, forgot = messages[2:], True
+        new = theirs.generate(ids, max_new_tokens=12, do_sample=False)[0, ids.size(1) :]
+        assert answer == tokenizer.decode(new, skip_special_tokens=True)
+        messages.append({"role": "assistant", "content": answer})
+    assert forgot
+
+
+def encode(tokenizer, messages):
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=False)
+
+
+def test_a_question_that_is_too_long_is_said_to_be(instruct):
+    too_long, answer = converse(["?" * 200, "7?"], f"--model={instruct}", "--max_new_tokens=12")[0].split("\n", 1)
+    assert "128" in too_long
+    assert answer == converse(["7?"], f"--model={instruct}", "--max_new_tokens=12")[0]
+
+
+def test_where_chat_templates_stand(instruct, trained, tmp_path):
+    folder = shutil.copytree(instruct, tmp_path / "instruct")
+    template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"
+    in_config = json.dumps(json.loads(path.read_text()) | {"chat_template": template.read_text()})
+    template.unlink()
+    assert "chat template" in refused("sample.py", f"--model={folder}", "--chat=True")
+    path.write_text(in_config)  # as the published ones have it
+    assert converse(["7?"], f"--model={folder}") == converse(["7?"], f"--model={instruct}")
+    template.write_text("{% for %}")
+    assert "chat template" in refused("sample.py", f"--model={folder}", "--chat=True")
+    assert "SmolLM2-135M-Instruct" in refused("sample.py", f"--model={trained}", "--chat=True")
+
+
+def test_a_chat_template_runs_in_a_sandbox(instruct, tmp_path):
+    folder = shutil.copytree(instruct, tmp_path / "instruct")
+    reach = "{{ ().__class__.__base__.__subclasses__() }}"
+    (folder / "chat_template.jinja").write_text(reach)
+    done = subprocess.run(command("sample.py", "--chat=True", f"--model={folder}"), cwd=ROOT, text=True,
+                          env=environment(), input="7?\n", capture_output=True)  # fmt: skip
+    assert "unsafe" in done.stdout + done.stderr and "Traceback" not in done.stderr
+
+
+# ---- Pieces
+
+
 class Spells:
     """A model that writes given tokens."""
 
@@ -71,7 +139,8 @@ def test_only_whole_characters_are_printed_and_no_special_tokens():
     ids = tokenizer.encode(text).ids
     assert len(ids) == len(text.encode())
     generator = torch.Generator()
-    pieces = list(sample.stream(Spells([*ids[:3], 0, *ids[3:]]), tokenizer, "a", sample.Settings(), generator))
+    model, prompt = Spells([*ids[:3], 0, *ids[3:]]), tokenizer.encode("a").ids
+    pieces = list(sample.stream(model, tokenizer, prompt, sample.Settings(), generator))
     assert [piece for piece in pieces if piece] == list(text)
 
 

@@ -180,13 +180,20 @@ def test_init_from_a_checkpoint(trained, data, tmp_path):
     )
 
 
+def test_init_from_a_model_of_another_tokenizer(trained, corpus, tmp_path):
+    run("prepare.py", f"--source={corpus}", f"--data_dir={tmp_path}", "--tokenizer=train:290", "--val_fraction=0.1")
+    checkpoint = trained / "checkpoint-000040"
+    arguments = (*SMALL, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", f"--init_from={checkpoint}")
+    assert f"--tokenizer={checkpoint}" in refused("train.py", *arguments)
+
+
 # ---- Checkpoints
 
 
 def test_a_checkpoint_is_a_hugging_face_folder(trained, tmp_path):
     folder = trained / "checkpoint-000040"
     names = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
-    assert {path.name for path in folder.iterdir()} == names | {"trainer_state.pt"}
+    assert {path.name for path in folder.iterdir()} == names | {"README.md", "trainer_state.pt"}
     assert {tensor.dtype for tensor in load_file(folder / "model.safetensors").values()} == {torch.float32}
     tokenizer, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
     ids = tokenizer("7: A cat sees a mouse.", return_tensors="pt").input_ids

@@ -1,0 +1,123 @@
+"""A page to talk to a model, in the browser.
+
+    python demo.py --model=out/tiny                                 it continues what one types
+    python demo.py --model=HuggingFaceTB/SmolLM2-135M-Instruct      it has a conversation
+
+Everything but the page is sample.py's. Needs `pip install gradio`.
+"""
+
+import sys
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+import sample
+from config import load_settings
+
+try:
+    import gradio as gr
+except ImportError:
+    sys.exit("demo.py needs gradio: pip install gradio")
+
+
+@dataclass
+class Settings:
+    """Serve a page to talk to a model."""
+
+    model: str = "out/smollm2"  # out_dir of a run, a checkpoint folder, or a hub id
+    prompt: str = "Once upon a time"  # what stands in the page at first
+    max_prompt: int = 4000  # longest prompt or message, in characters
+    max_new_tokens: int = 512  # longest continuation or answer that may be asked for
+    host: str | None = None  # address to serve on; unset: 127.0.0.1, where only this machine sees the page
+    port: int | None = None  # unset: the first free one from 7860 on
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest to read
+
+
+def build_page(settings):
+    """The page, as a gradio app; exits with one sentence if there is no such model."""
+    model, tokenizer, template = sample.load(
+        sample.Settings(model=settings.model, device=settings.device, dtype=settings.dtype)
+    )
+    longest = min(settings.max_new_tokens, model.config.max_position_embeddings - 1)
+    sliders = [
+        gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token"),
+        gr.Slider(0, 200, 40, step=1, label="Top-k", info="choose among the k likeliest tokens; 0: among all"),
+        gr.Slider(1, longest, min(256, longest), step=1, label="Length", info="tokens to write at most"),
+    ]
+
+    def write(make_pieces, text, temperature, top_k, length):
+        """Yield the text as it grows. Who asks has a generator and a cache to himself; only the weights are shared."""
+        options = sample.Settings(temperature=temperature, top_k=int(top_k), max_new_tokens=int(length))
+        generator = torch.Generator(model.lm_head.weight.device)
+        generator.seed()
+        try:
+            for piece in make_pieces(options, generator):
+                text += piece
+                yield text
+        except ValueError as error:  # prompt and continuation are longer than the model's positions
+            raise refusal(str(error)) from error
+
+    def check(text):
+        if len(text) > settings.max_prompt:
+            raise refusal(f"{len(text):,} characters are too many; this page takes {settings.max_prompt:,}.")
+
+    def complete(prompt, temperature, top_k, length):
+        check(prompt)
+        ids = tokenizer.encode(prompt).ids
+        length = max(1, min(length, model.config.max_position_embeddings - len(ids)))
+        yield from write(lambda *how: sample.stream(model, tokenizer, ids, *how), prompt, temperature, top_k, length)
+
+    def reply(message, history, *choices):
+        check(message)
+        messages = [{"role": turn["role"], "content": as_text(turn["content"])} for turn in history]
+        messages.append({"role": "user", "content": message})
+        yield from write(lambda *how: sample.answer(model, tokenizer, template, messages, *how), "", *choices)
+
+    title = f"SmolLM2: {settings.model}"
+    if template:
+        return gr.ChatInterface(reply, additional_inputs=sliders, title=title, analytics_enabled=False,
+                                textbox=gr.Textbox(max_length=settings.max_prompt, label="Message"),
+                                flagging_mode="never", api_visibility="private")  # fmt: skip
+    with gr.Blocks(title=title, analytics_enabled=False) as page:
+        gr.Markdown(f"# {title}\nIt continues what you type.")
+        prompt = gr.Textbox(settings.prompt, label="Prompt", lines=3, max_length=settings.max_prompt)
+        with gr.Row():
+            start, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
+        text = gr.Textbox(label="Text", lines=12)
+        with gr.Accordion("Choices", open=False):
+            for slider in sliders:
+                slider.render()
+        writing = start.click(complete, [prompt, *sliders], text, api_visibility="private")
+        stop.click(None, cancels=[writing])
+    return page
+
+
+def refusal(sentence):
+    """What the page shows when it will not do as asked."""
+    return gr.Error(sentence, print_exception=False)
+
+
+def as_text(content):
+    """The text of a message in gradio's history, where it may be in parts."""
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def main(settings):
+    for name in ("max_prompt", "max_new_tokens"):
+        if getattr(settings, name) < 1:
+            sys.exit(f"--{name}={getattr(settings, name)} must be at least 1.")
+    page = build_page(settings)
+    # One text at a time: the next one waits its turn, and sees its place. More than 20 are turned away.
+    page.queue(max_size=20, default_concurrency_limit=1)
+    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # nothing from elsewhere
+    try:
+        page.launch(server_name=settings.host, server_port=settings.port, theme=gr.themes.Default(**fonts),
+                    footer_links=[])  # fmt: skip
+    except OSError as error:
+        sys.exit(f"the page cannot be served at --host={settings.host} --port={settings.port}: {error}")
+
+
+if __name__ == "__main__":
+    main(load_settings("demo", Settings))

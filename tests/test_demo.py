@@ -1,0 +1,197 @@
+"""The page, in a browser, as people use it."""
+
+import shutil
+import socket
+import subprocess
+import time
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import ROOT, command, environment, refused
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+
+from model import SmolLM2, SmolLM2Config
+
+pytestmark = pytest.mark.skipif(
+    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
+)
+
+
+@contextmanager
+def served(model, *args):
+    """The address of a page that demo.py serves for a while."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    process = subprocess.Popen(command("demo.py", f"--model={model}", f"--port={port}", *args), cwd=ROOT,
+                               env=environment(), stdout=subprocess.PIPE, text=True)  # fmt: skip
+    try:
+        for line in process.stdout:
+            if f"127.0.0.1:{port}" in line:
+                break
+        else:
+            pytest.fail("it ended before it served")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    options = webdriver.ChromeOptions()
+    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
+                 "disable-sync", "no-first-run", f"user-data-dir={tmp_path / 'chromium'}"):  # fmt: skip
+        options.add_argument(f"--{flag}")
+    options.binary_location = shutil.which("chromium")
+    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
+    yield driver
+    driver.quit()
+
+
+def until(browser, condition, seconds=60):
+    return WebDriverWait(browser, seconds, 0.1, [StaleElementReferenceException]).until(lambda _: condition())
+
+
+class Page:
+    """One person's page in the browser."""
+
+    def __init__(self, browser, address):
+        self.browser = browser
+        browser.get(address)
+        until(browser, lambda: browser.find_elements(By.TAG_NAME, "textarea"))
+
+    def box(self, label):
+        return self.browser.find_element(By.XPATH, f"//label[.//span[normalize-space()='{label}']]//textarea")
+
+    def press(self, name):
+        self.browser.find_element(By.XPATH, f"//button[normalize-space()='{name}']").click()
+
+    def type(self, text):
+        box = self.box("Prompt")
+        box.send_keys(Keys.CONTROL, "a")
+        box.send_keys(text)
+
+    def text(self):
+        return self.box("Text").get_property("value")
+
+    def finished(self):
+        """The text, once it does not change any more."""
+
+        def twice():
+            before = self.text()
+            time.sleep(1)
+            return before if before and before == self.text() else None
+
+        return until(self.browser, twice)
+
+    def fits(self):
+        return self.browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def on_a_phone(browser):
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+
+
+def test_type_and_read(trained, browser):
+    with served(trained, "--prompt=7: A cat", "--max_prompt=50", "--max_new_tokens=40") as address:
+        page = Page(browser, address)
+        assert page.box("Prompt").get_property("value") == "7: A cat"
+        page.type("8: The old dog")
+        page.press("Write")
+        text = page.finished()
+        assert text.startswith("8: The old dog") and len(text) > 30
+        page.press("Write")  # the same prompt again: another text
+        until(browser, lambda: page.text() and page.finished() != text)
+        past_the_limit = """const box = arguments[0]; box.removeAttribute("maxlength"); box.value = "x".repeat(51);
+                            box.dispatchEvent(new Event("input", {bubbles: true}))"""
+        browser.execute_script(past_the_limit, page.box("Prompt"))
+        page.press("Write")
+        until(browser, lambda: "51 characters are too many" in browser.page_source)
+        on_a_phone(browser)
+        assert page.fits()
+        urls = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+        assert urls and all(url.startswith((address, "data:", "blob:")) for url in urls)
+
+
+@pytest.fixture(scope="module")
+def tireless(trained, tmp_path_factory):
+    """A model that writes for minutes."""
+    folder = tmp_path_factory.mktemp("tireless")
+    torch.manual_seed(0)
+    config = SmolLM2Config(vocab_size=300, hidden_size=192, intermediate_size=512, num_attention_heads=3,
+                           num_key_value_heads=1, eos_token_id=1)  # fmt: skip
+    SmolLM2(config).save_pretrained(folder)
+    shutil.copy(trained / "checkpoint-000040" / "tokenizer.json", folder)
+    return folder
+
+
+def test_stop(tireless, browser):
+    with served(tireless, "--prompt=A cat", "--max_new_tokens=8000") as address:
+        page = Page(browser, address)
+        browser.find_element(By.XPATH, "//button[contains(., 'Choices')]").click()
+        length = browser.find_element(By.XPATH, "//input[@type='number' and @max='8000']")
+        until(browser, length.is_displayed)
+        length.send_keys(Keys.CONTROL, "a")
+        length.send_keys("8000", Keys.TAB)
+        page.press("Write")
+        until(browser, lambda: len(page.text()) > 40)
+        grown = len(page.text())
+        until(browser, lambda: len(page.text()) > grown)
+        page.press("Stop")
+        stopped = page.finished()
+        assert len(stopped) < 6000
+        page.type("The old dog")
+        page.press("Write")  # what was stopped is not in the way of the next
+        until(browser, lambda: page.text().startswith("The old dog") and len(page.text()) > 40)
+
+
+def test_two_people_at_once_do_not_mix(trained, browser):
+    with served(trained) as address:
+        first, pages = browser.current_window_handle, {}
+        for prompt in ("1: A cat", "2: Her bird"):
+            if pages:
+                browser.switch_to.new_window("window")
+            pages[prompt] = (browser.current_window_handle, Page(browser, address))
+            pages[prompt][1].type(prompt)
+        assert first in {handle for handle, _ in pages.values()}
+        for handle, page in pages.values():
+            browser.switch_to.window(handle)
+            page.press("Write")
+        for prompt, (handle, page) in pages.items():
+            browser.switch_to.window(handle)
+            assert page.finished().startswith(prompt)
+
+
+def test_a_conversation(instruct, browser):
+    with served(instruct, "--max_new_tokens=30") as address:
+        on_a_phone(browser)
+        page = Page(browser, address)
+        for number, question in enumerate(("What does A cat see?", "And her bird?"), 1):
+            box = browser.find_element(By.TAG_NAME, "textarea")
+            box.send_keys(question, Keys.ENTER)
+
+            def answered(number=number):
+                answers = browser.find_elements(By.CSS_SELECTOR, ".message.bot, .bot.message")
+                return len(answers) == number and answers[-1].text.strip()
+
+            until(browser, answered)
+            until(browser, lambda: not browser.find_elements(By.CSS_SELECTOR, ".stop-button"))
+            assert question in browser.page_source
+        assert page.fits()
+
+
+def test_what_cannot_be_served(tmp_path, trained):
+    assert "/nowhere" in refused("demo.py", "--model=/nowhere")
+    assert "--max_prompt=0" in refused("demo.py", f"--model={trained}", "--max_prompt=0")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert f"--port={port}" in refused("demo.py", f"--model={trained}", f"--port={port}")
