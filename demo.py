@@ -77,14 +77,17 @@ def build_page(settings):
 
     title = f"SmolLM2: {settings.model}"
     if template:
-        return gr.ChatInterface(reply, additional_inputs=sliders, title=title, analytics_enabled=False,
-                                textbox=gr.Textbox(max_length=settings.max_prompt, label="Message"),
-                                flagging_mode="never", api_visibility="private")  # fmt: skip
+        message = gr.Textbox(placeholder="Type a message", show_label=False, max_length=settings.max_prompt,
+                             submit_btn=True, stop_btn=True)  # fmt: skip
+        return gr.ChatInterface(reply, chatbot=gr.Chatbot(show_label=False, buttons=["copy"]), textbox=message,
+                                additional_inputs=sliders, title=title,
+                                additional_inputs_accordion=gr.Accordion("Choices", open=False),
+                                flagging_mode="never", analytics_enabled=False, api_visibility="private")  # fmt: skip
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\nIt continues what you type.")
         prompt = gr.Textbox(settings.prompt, label="Prompt", lines=3, max_length=settings.max_prompt)
         with gr.Row():
-            start, stop = gr.Button("Write", variant="primary"), gr.Button("Stop")
+            start, stop = gr.Button("Write", variant="primary", min_width=80), gr.Button("Stop", min_width=80)
         text = gr.Textbox(label="Text", lines=12)
         with gr.Accordion("Choices", open=False):
             for slider in sliders:

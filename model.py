@@ -360,7 +360,9 @@ class SmolLM2(nn.Module):
         the mean cross-entropy in nats, a scalar in float32, where a target of -100 is left out.
         """
         hidden = self.hidden_states(input_ids)  # (B, T, C)
-        return self.lm_head(hidden) if targets is None else self.loss(hidden, targets)
+        if targets is None:
+            return self.lm_head(hidden)
+        return self.nats(hidden, targets) / (targets != -100).sum()
 
     def hidden_states(self, input_ids, caches=None, slots=None, padding=None):
         """The residual stream after the last norm: (B, T) -> (B, T, C).
@@ -393,9 +395,10 @@ class SmolLM2(nn.Module):
     # The scores are the largest tensor of the whole training step: 49,152 for each token, 85 times as wide as the
     # residual stream.
 
-    def loss(self, hidden, targets):
+    def nats(self, hidden, targets):
+        """The cross-entropy of all targets together: hidden (B, T, C), targets (B, T) -> a scalar in float32."""
         logits = self.lm_head(hidden).float()  # (B, T, V); exponentials are summed over V, so in float32
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-100)
+        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction="sum")
 
     # ---- Generation -------------------------------------------------------------------------------------------------
     #

@@ -181,8 +181,10 @@ def test_init_from_a_checkpoint(trained, data, tmp_path):
 
 
 def test_init_from_a_model_of_another_tokenizer(trained, corpus, tmp_path):
-    run("prepare.py", f"--source={corpus}", f"--data_dir={tmp_path}", "--tokenizer=train:290", "--val_fraction=0.1")
-    checkpoint = trained / "checkpoint-000040"
+    checkpoint, backwards = trained / "checkpoint-000040", tmp_path / "backwards.jsonl"
+    texts = [json.loads(line)["text"][::-1] for line in corpus.read_text().splitlines()]
+    backwards.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run("prepare.py", f"--source={backwards}", f"--data_dir={tmp_path}", "--tokenizer=train:300", "--val_fraction=0.1")
     arguments = (*SMALL, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", f"--init_from={checkpoint}")
     assert f"--tokenizer={checkpoint}" in refused("train.py", *arguments)
 
