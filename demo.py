@@ -47,13 +47,17 @@ def build_page(settings):
         gr.Slider(1, longest, min(256, longest), step=1, label="Length", info="tokens to write at most"),
     ]
 
-    def write(make_pieces, text, temperature, top_k, length):
-        """Yield the text as it grows. Who asks has a generator and a cache to himself; only the weights are shared."""
-        options = sample.Settings(temperature=temperature, top_k=int(top_k), max_new_tokens=int(length))
+    def how(temperature, top_k, length):
+        """The options of one text, and random numbers of its own: people share nothing but the weights."""
         generator = torch.Generator(model.lm_head.weight.device)
         generator.seed()
+        return sample.Settings(temperature=temperature, top_k=int(top_k), max_new_tokens=int(length)), generator
+
+    def grow(text, pieces):
+        """Yield the text as the pieces come."""
+        yield text
         try:
-            for piece in make_pieces(options, generator):
+            for piece in pieces:
                 text += piece
                 yield text
         except ValueError as error:  # prompt and continuation are longer than the model's positions
@@ -67,13 +71,13 @@ def build_page(settings):
         check(prompt)
         ids = tokenizer.encode(prompt).ids
         length = max(1, min(length, model.config.max_position_embeddings - len(ids)))
-        yield from write(lambda *how: sample.stream(model, tokenizer, ids, *how), prompt, temperature, top_k, length)
+        yield from grow(prompt, sample.stream(model, tokenizer, ids, *how(temperature, top_k, length)))
 
     def reply(message, history, *choices):
         check(message)
-        messages = [{"role": turn["role"], "content": as_text(turn["content"])} for turn in history]
+        messages = [{"role": turn["role"], "content": as_text(turn["content"])} for turn in history[-20:]]
         messages.append({"role": "user", "content": message})
-        yield from write(lambda *how: sample.answer(model, tokenizer, template, messages, *how), "", *choices)
+        yield from grow("", sample.answer(model, tokenizer, template, messages, *how(*choices)))
 
     title = f"SmolLM2: {settings.model}"
     if template:

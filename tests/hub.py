@@ -1,10 +1,12 @@
-"""A stand-in for the Hugging Face hub on loopback: enough of its protocol for the real clients to list and download.
+"""A stand-in for the Hugging Face hub on loopback: enough of its protocol for the real clients to list, download, and
+upload.
 
     python tests/hub.py FOLDER [PORT]     then HF_ENDPOINT=http://127.0.0.1:PORT
 
 serves FOLDER/models/OWNER/NAME/... and FOLDER/datasets/OWNER/NAME/... as repositories with one commit each.
 """
 
+import base64
 import hashlib
 import json
 import sys
@@ -31,6 +33,33 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
+
+    def do_POST(self):
+        """What uploading needs; paths-info is a question, and answered with the others."""
+        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        if "paths-info" in parts:
+            return self.do_GET()
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if parts[-2:] == ["repos", "create"]:
+            wanted = json.loads(body)
+            name = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
+            (self.server.folder / "models" / name).mkdir(parents=True, exist_ok=True)
+            return self.answer(200, {"url": f"{self.server.endpoint}/{name}", "id": name, "name": name})
+        if "preupload" in parts:
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]  # fmt: skip
+            return self.answer(200, {"files": files})
+        if "commit" in parts:
+            name = "/".join(parts[2:4])
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    path = self.server.folder / "models" / name / line["value"]["path"]
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    path.write_bytes(base64.b64decode(line["value"]["content"]))
+            return self.answer(
+                200, {"success": True, "commitOid": COMMIT, "commitUrl": f"{self.server.endpoint}/{name}/commit/1"}
+            )
+        self.answer(200, {"errors": [], "warnings": []})  # validate-yaml, of a model card
 
     def do_GET(self):
         parts = unquote(urlsplit(self.path).path).strip("/").split("/")
@@ -70,7 +99,7 @@ class Hub(BaseHTTPRequestHandler):
             return self.file((repo / path).read_bytes())
         self.answer(404, X_Error_Code="EntryNotFound", X_Error_Message=f"{path} does not exist")
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_GET
 
     def entry(self, repo, path):
         kind = "file" if path.is_file() else "directory"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SMALL, environment, metrics, refused, run
+from conftest import ROOT, SMALL, environment, metrics, refused, run
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -89,6 +89,22 @@ def test_a_checkpoint_says_what_it_is(trained, data):
     assert settings["learning_rate"] == 0.01 and settings["model"]["hidden_size"] == 32
     assert "talk.jsonl" in card.content and str(trained.parent) not in card.content
     assert str(Path(shard["source"]).parent) not in card.content and str(data) not in card.content
+
+
+def test_a_checkpoint_is_published_and_read_back(trained, hub):
+    upload = next(
+        line for line in (ROOT / "README.md").read_text().splitlines() if "--exclude=trainer_state.pt" in line
+    )
+    upload = upload.replace("out/smollm2/checkpoint-001000", str(trained / "checkpoint-000040"))
+    hf = Path(sys.executable).with_name("hf")
+    done = subprocess.run([hf, *upload.split()[1:]], env=environment(HF_TOKEN="secret", **hub.environment),
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    published = {path.name for path in (hub.folder / "models" / "NAME" / "smollm2-135m-mine").iterdir()}
+    assert published == {path.name for path in (trained / "checkpoint-000040").iterdir()} - {"trainer_state.pt"}
+    arguments = ("--prompt=7: A cat", "--max_new_tokens=20")
+    read_back = run("sample.py", "--model=NAME/smollm2-135m-mine", *arguments, **hub.environment)
+    assert read_back == run("sample.py", f"--model={trained}", *arguments)
 
 
 # ---- Watching a run
