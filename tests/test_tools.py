@@ -119,6 +119,7 @@ def test_tensorboard_has_the_metrics_also_of_a_resumed_run(tmp_path, data):
     for name in ("loss", "val_loss", "learning_rate", "tokens_per_second"):
         written = {line["step"]: line[name] for line in metrics(tmp_path) if line.get(name) is not None}
         shown = {event.step: event.value for event in events.Scalars(name)}
+        assert len(shown) == len(events.Scalars(name))
         if name == "tokens_per_second":
             assert shown.keys() == written.keys()
         else:
