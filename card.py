@@ -12,8 +12,9 @@ CARD = """---
 
 # {name}
 
-A language model of {parameters:,} parameters, of the architecture of SmolLM2, trained with SmolLM2 from scratch. It
-continues texts of the kind that it has read; nobody has taught it to answer, to be right, or to be kind.
+A language model of {parameters:,} parameters, of the architecture of SmolLM2, trained with the code of the project
+*SmolLM2 from scratch*. It continues texts of the kind that it has read; nobody has taught it to answer, to be right, or
+to be kind.
 
 | | |
 |---|---|
@@ -22,7 +23,8 @@ continues texts of the kind that it has read; nobody has taught it to answer, to
 ```python
 from transformers import pipeline
 
-print(pipeline("text-generation", "{name}")({prompt})[0]["generated_text"])
+model = "."  # this folder, or its name on the hub
+print(pipeline("text-generation", model)({prompt})[0]["generated_text"])
 ```
 
 Trained with these settings:
@@ -33,7 +35,7 @@ Trained with these settings:
 """
 
 
-def model_card(settings, shards, parameters, step, metrics):
+def model_card(model, settings, shards, step, metrics):
     """The card as Markdown: what was read, how far the training came, how to use the model.
 
     shards are the records of the data, metrics those that were measured at this step. What would tell of the machine,
@@ -55,13 +57,13 @@ def model_card(settings, shards, parameters, step, metrics):
         "validation, bits a byte": metrics.get("val_bpb"),
     }
     rows = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in rows.items() if value}
-    used = dataclasses.asdict(settings)
+    used = dataclasses.asdict(settings) | {"model": dataclasses.asdict(model.config)}
     for name in ("data_dir", "out_dir", "device", "init_from", "resume", "log_to"):
         del used[name]
     return CARD.format(
         front="\n".join(front),
         name=Path(settings.out_dir).resolve().name,
-        parameters=parameters,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         prompt=json.dumps(settings.sample_prompt),
         settings=json.dumps(used, indent=2),

@@ -56,7 +56,8 @@ def find_checkpoint(name):
     try:
         return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
     except (OSError, ValueError) as error:  # what the hub's client raises; the first line says it
-        reason = str(error).strip().split("\n")[0]
+        away = type(error).__name__ == "LocalEntryNotFoundError"  # and nothing of it in the cache
+        reason = "it cannot be reached" if away else str(error).strip().split("\n")[0]
         raise ValueError(f"{name} is no folder here, and the hub does not give it: {reason}") from error
 
 

@@ -118,12 +118,10 @@ def main(settings):
     page = build_page(settings)
     # One text at a time: the next one waits its turn, and sees its place. More than 20 are turned away.
     page.queue(max_size=20, default_concurrency_limit=1)
-    fonts = dict(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # nothing from elsewhere
     try:
-        page.launch(server_name=settings.host, server_port=settings.port, theme=gr.themes.Default(**fonts),
-                    footer_links=[])  # fmt: skip
-    except OSError as error:
-        sys.exit(f"the page cannot be served at --host={settings.host} --port={settings.port}: {error}")
+        page.launch(server_name=settings.host, server_port=settings.port, footer_links=[])
+    except OSError:
+        sys.exit(f"--port={settings.port} is taken, or --host={settings.host} is none of this machine; choose another.")
 
 
 if __name__ == "__main__":

@@ -61,7 +61,7 @@ class SmolLM2Config:
     initializer_range: float | None = None  # standard deviation of the initial weights; None: 1 / sqrt(hidden_size)
     tie_word_embeddings: bool = True  # the output head is the embedding table
     bos_token_id: int = 0  # <|endoftext|>: it stands between documents, so it begins one as well
-    eos_token_id: int = 0
+    eos_token_id: int = 0  # the token that ends a text
 
     @classmethod
     def smollm2_135m(cls):

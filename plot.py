@@ -10,6 +10,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -18,7 +19,7 @@ import tyro
 class Settings:
     """Draw the curves of runs."""
 
-    runs: tyro.conf.Positional[tuple[str, ...]]  # out_dir of each
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]  # out_dir of each
     out: str = "curves.png"  # picture to write: .png, .svg or .pdf
 
 
@@ -36,7 +37,7 @@ def read_metrics(run):
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
     except (OSError, ValueError) as error:
-        sys.exit(f"{path} cannot be read: {error}")
+        sys.exit(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}")
     curves = {}
     for line in lines:
         for name, value in line.items():

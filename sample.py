@@ -1,8 +1,10 @@
 """Let a model write: text from a checkpoint, to the terminal, as it is made.
 
-python sample.py --model=out/tiny --prompt="Parameters"
-python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt=FILE:opening.txt --num_samples=3
-python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True
+    python sample.py --model=out/tiny --prompt="Parameters"
+    python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt=FILE:opening.txt --num_samples=3
+    python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True
+
+Nothing but the text is printed, so that `> story.txt` keeps it.
 """
 
 import contextlib

@@ -49,8 +49,8 @@ def list_files(source, revision=None):
     if files:
         return files, f"0-{len(files) - 1}"
     if paths or not re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}", source):
-        sys.exit(f"--source={source} has no .txt, .jsonl or .parquet file; a source is a path or a pattern of such, "
-                 "OWNER/DATASET/FOLDER on the hub, or python-docs.")  # fmt: skip
+        sys.exit(f"--source={source} is not here, or has no .txt, .jsonl or .parquet file; a source is a path or a "
+                 "pattern of such, OWNER/DATASET/FOLDER on the hub, or python-docs.")  # fmt: skip
     return hub_files(source, revision)
 
 

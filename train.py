@@ -369,7 +369,8 @@ def main(settings):
     if checkpoint:
         say(f"resumed from {checkpoint}")
     if settings.warmup_steps + settings.decay_steps > settings.max_steps:
-        say("with more warmup_steps and decay_steps than max_steps, the learning rate does not reach its peak")
+        say(f"{settings.warmup_steps} steps of warmup and {settings.decay_steps} of decay are more than "
+            f"{settings.max_steps}: the learning rate does not reach its peak")  # fmt: skip
     first_step, bad_steps, timed_steps, seconds, stopping, saved = step, 0, 0, 0.0, False, True
     if step == 0:
         log(**evaluate())
@@ -435,7 +436,7 @@ def main(settings):
             state = {"step": step, "optimizers": [optimizer.state_dict() for optimizer in optimizers],
                      "scaler": scaler.state_dict(), "rng": torch.get_rng_state(),
                      "settings": dataclasses.asdict(settings), "data": shards}  # fmt: skip
-            card = model_card(settings, shards, parameters, step, {"loss": loss} | evaluation)
+            card = model_card(model, settings, shards, step, {"loss": loss} | evaluation)
             saved = save_checkpoint(out_dir, step, model, tokenizer_file, card, state, settings.keep_checkpoints)
 
     if world_size > 1:

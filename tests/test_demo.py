@@ -122,11 +122,11 @@ def test_type_and_read(trained, browser):
 
 @pytest.fixture(scope="module")
 def tireless(trained, tmp_path_factory):
-    """A model that writes for minutes."""
+    """A model that writes for minutes: its end token is none of its vocabulary."""
     folder = tmp_path_factory.mktemp("tireless")
     torch.manual_seed(0)
     config = SmolLM2Config(vocab_size=300, hidden_size=192, intermediate_size=512, num_attention_heads=3,
-                           num_key_value_heads=1, eos_token_id=1)  # fmt: skip
+                           num_key_value_heads=1, eos_token_id=300)  # fmt: skip
     SmolLM2(config).save_pretrained(folder)
     shutil.copy(trained / "checkpoint-000040" / "tokenizer.json", folder)
     return folder
@@ -136,7 +136,7 @@ def test_stop(tireless, browser):
     with served(tireless, "--prompt=A cat", "--max_new_tokens=8000") as address:
         page = Page(browser, address)
         browser.find_element(By.XPATH, "//button[contains(., 'Choices')]").click()
-        length = browser.find_element(By.XPATH, "//input[@type='number' and @max='8000']")
+        (length,) = until(browser, lambda: browser.find_elements(By.XPATH, "//input[@type='number' and @max='8000']"))
         until(browser, length.is_displayed)
         length.send_keys(Keys.CONTROL, "a")
         length.send_keys("8000", Keys.TAB)
