@@ -37,9 +37,10 @@ class Settings:
 
 def build_page(settings):
     """The page, as a gradio app; exits with one sentence if there is no such model."""
-    model, tokenizer, template = sample.load(
+    model, tokenizer, folder = sample.load(
         sample.Settings(model=settings.model, device=settings.device, dtype=settings.dtype)
     )
+    template = sample.chat_template(folder)
     longest = min(settings.max_new_tokens, model.config.max_position_embeddings - 1)
     sliders = [
         gr.Slider(0, 2, 0.8, step=0.05, label="Temperature", info="0: always the likeliest token"),

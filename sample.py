@@ -55,12 +55,11 @@ def choose_dtype(name, device):
 
 
 def load(settings):
-    """The model, its tokenizer and its chat template (or None); exits with one sentence if that cannot be."""
+    """The model, its tokenizer, and the folder they are from; exits with one sentence if that cannot be."""
     device = devices.choose_device(settings.device)
     try:
         folder = find_checkpoint(settings.model)
         model = SmolLM2.from_pretrained(folder, choose_dtype(settings.dtype, device), device)
-        template = chat_template(folder)
     except ValueError as error:
         sys.exit(str(error))
     try:
@@ -70,7 +69,7 @@ def load(settings):
     if settings.compile:
         for layer in model.model.layers:
             layer.compile()
-    return model, tokenizer, template
+    return model, tokenizer, folder
 
 
 def stream(model, tokenizer, ids, settings, generator):
@@ -103,23 +102,23 @@ def stream(model, tokenizer, ids, settings, generator):
 def chat_template(folder):
     """How a model wants conversations written, a function: [{"role": "user", "content": "Hello"}, ...] -> prompt.
 
-    It is a Jinja program in the checkpoint, and may be anybody's: it runs in a sandbox. None where there is none; a
-    ValueError for one that is damaged.
+    It is a Jinja program in the checkpoint, and may be anybody's: it runs in a sandbox. None where there is none; exits
+    with one sentence for one that is damaged.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     separate, path = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
-    names = read_json(path) if path.exists() else {}
-    source = separate.read_text(encoding="utf-8") if separate.exists() else names.get("chat_template")
-    if source is None:
-        return None
+    try:
+        names = read_json(path) if path.exists() else {}
+        source = separate.read_text(encoding="utf-8") if separate.exists() else names.get("chat_template")
+        if source is None:
+            return None
+        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    except (TemplateError, TypeError, ValueError) as error:
+        sys.exit(f"{folder}: its chat template is damaged: {error}")
     tokens = {name: names.get(name) for name in ("bos_token", "eos_token")}
     tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    try:
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    except (TemplateError, TypeError) as error:
-        raise ValueError(f"{folder}: its chat template is damaged: {error}") from error
 
     def render(messages):
         try:
@@ -189,12 +188,13 @@ def main(settings):
             prompt = Path(prompt[5:]).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             sys.exit(f"--prompt={prompt} cannot be read: {error}")
-    model, tokenizer, template = load(settings)
+    model, tokenizer, folder = load(settings)
     generator = torch.Generator(model.lm_head.weight.device).manual_seed(settings.seed)
-    if settings.chat and not template:
-        sys.exit(f"--model={settings.model} has no chat template, it only continues texts; HuggingFaceTB/"
-                 "SmolLM2-135M-Instruct has one, or leave out --chat=True.")  # fmt: skip
     if settings.chat:
+        template = chat_template(folder)
+        if not template:
+            sys.exit(f"--model={settings.model} has no chat template, it only continues texts; HuggingFaceTB/"
+                     "SmolLM2-135M-Instruct has one, or leave out --chat=True.")  # fmt: skip
         return chat(model, tokenizer, template, settings, generator)
     try:
         for number in range(settings.num_samples):

@@ -103,6 +103,7 @@ def test_where_chat_templates_stand(instruct, trained, tmp_path):
     assert converse(["7?"], f"--model={folder}") == converse(["7?"], f"--model={instruct}")
     template.write_text("{% for %}")
     assert "chat template" in refused("sample.py", f"--model={folder}", "--chat=True")
+    run("sample.py", f"--model={folder}", "--max_new_tokens=4")  # who does not chat does not mind
     assert "SmolLM2-135M-Instruct" in refused("sample.py", f"--model={trained}", "--chat=True")
 
 
