@@ -179,7 +179,10 @@ def check_resumed(checkpoint, state, settings, shards):
 def check_tokenizer(folder, tokenizer):
     """Exit if a token of the data means something else to the model that the run starts from."""
     path = os.path.join(folder, "tokenizer.json")
-    known = Tokenizer.from_file(path).get_vocab() if os.path.exists(path) else tokenizer.get_vocab()
+    try:
+        known = Tokenizer.from_file(path).get_vocab() if os.path.exists(path) else tokenizer.get_vocab()
+    except Exception as error:  # the library has no type of its own for this
+        sys.exit(f"{path} cannot be read: {error}")
     if any(known.get(token) != id for token, id in tokenizer.get_vocab().items()):
         sys.exit(f"the data has other tokens than {folder}: prepare it with --tokenizer={path}, into another folder.")
 

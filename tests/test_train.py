@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -187,6 +188,9 @@ def test_init_from_a_model_of_another_tokenizer(trained, corpus, tmp_path):
     run("prepare.py", f"--source={backwards}", f"--data_dir={tmp_path}", "--tokenizer=train:300", "--val_fraction=0.1")
     arguments = (*SMALL, f"--data_dir={tmp_path}", f"--out_dir={tmp_path / 'out'}", f"--init_from={checkpoint}")
     assert f"--tokenizer={checkpoint}" in refused("train.py", *arguments)
+    damaged = shutil.copytree(checkpoint, tmp_path / "damaged")
+    (damaged / "tokenizer.json").write_text("{}")
+    assert "tokenizer.json cannot be read" in refused("train.py", *arguments, f"--init_from={damaged}")
 
 
 # ---- Checkpoints
