@@ -36,11 +36,11 @@ import math
 import sys
 from dataclasses import dataclass
 
+from plumbing.checkpoint import find_checkpoint, read_config, read_weights, write_model
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from checkpoint import find_checkpoint, read_config, read_weights, write_model
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 
@@ -251,9 +251,24 @@ class Attention(nn.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.update(slots, k, v)  # (B, K, S, D)
-        # PyTorch's fused kernel: the T x S weights of a head are never in memory at once.
-        y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=True)
+        fused = takes_grouped_queries(q)
+        if not fused and k.size(1) < q.size(1):
+            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))  # (B, H, S, D)
+        y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=fused)
         return self.o_proj(y.type_as(x).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+
+
+def takes_grouped_queries(q):
+    """Whether PyTorch has a fused attention kernel for grouped queries of this kind.
+
+    Fused kernels never hold the T x S weights of a head in memory at once. Those for grouped queries need a CPU, or
+    16-bit numbers on a GPU of compute capability 8.0 (NVIDIA Ampere, 2020). Elsewhere PyTorch would fall back to plain
+    products, which on four windows of 2048 tokens keep 9 GB of weights, and copies of them, for the backward pass. So
+    each key/value head is repeated for its query heads there, and the memory-efficient kernel fits.
+    """
+    if q.device.type == "cuda":
+        return q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
+    return q.device.type == "cpu"
 
 
 # ---- The MLP --------------------------------------------------------------------------------------------------------

@@ -29,12 +29,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing.settings import load_settings
+from plumbing.sources import documents, hub_errors, list_files
+
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
-
-from config import load_settings
-from sources import documents, hub_errors, list_files
 
 
 @dataclass
@@ -161,12 +161,12 @@ def batches(pieces, size=2_000_000):
 def tokenize(tokenizer, batches, at_once=3):
     """Each batch with the tokens of its pieces, as uint16. The library spreads a batch over the cores; several at once
     keep them busy while the last pieces of one are done."""
-    end = [tokenizer.token_to_id(END_OF_TEXT)]
+    end_of_text = tokenizer.token_to_id(END_OF_TEXT)
 
     def work(batch):
         encodings = tokenizer.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
-        ends = (end if last else [] for _, _, last in batch)
-        return batch, [np.array(encoding.ids + end, "<u2") for encoding, end in zip(encodings, ends, strict=True)]
+        ids = [encoding.ids + [end_of_text] * last for encoding, (_, _, last) in zip(encodings, batch, strict=True)]
+        return batch, [np.array(tokens, "<u2") for tokens in ids]
 
     with ThreadPoolExecutor(at_once) as pool:
         pending = deque()

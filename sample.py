@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from plumbing import devices
+from plumbing.checkpoint import find_checkpoint, read_json
+from plumbing.settings import load_settings
+
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
-import devices
-from checkpoint import find_checkpoint, read_json
-from config import load_settings
 from model import SmolLM2
 
 
@@ -66,7 +67,9 @@ def load(settings):
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     except Exception as error:  # the library has no type of its own for this
         sys.exit(f"{folder} has no readable tokenizer.json: {error}")
-    if settings.compile:
+    if settings.compile and (reason := devices.lacks_compiler(device)):
+        print(f"writing without torch.compile: {reason}", file=sys.stderr)
+    elif settings.compile:
         for layer in model.model.layers:
             layer.compile()
     return model, tokenizer, folder

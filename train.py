@@ -17,10 +17,18 @@ import os
 import signal
 import sys
 import time
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Literal
+
+from plumbing.bins import Windows, open_bins, to_device, validation_windows
+from plumbing.card import model_card
+from plumbing.checkpoint import find_checkpoint, load_state, newest_checkpoint, remove_old_checkpoints, save_checkpoint
+from plumbing.devices import choose_device, choose_dtype, keep_freed_memory, lacks_compiler, peak_flops
+from plumbing.metrics import open_tracker
+from plumbing.settings import flatten, load_settings
 
 import torch
 import torch.distributed as dist
@@ -29,13 +37,7 @@ from tokenizers import Tokenizer
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from bins import Windows, open_bins, to_device, validation_windows
-from card import model_card
-from checkpoint import find_checkpoint, load_state, newest_checkpoint, remove_old_checkpoints, save_checkpoint
-from config import flatten, load_settings
-from devices import can_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops
 from model import SmolLM2, SmolLM2Config, training_flops
-from tracking import open_tracker
 
 # SmolLM2-135M as it was pretrained: the published context of 8192 came from a second, short stage.
 PRETRAINED = SmolLM2Config(vocab_size=0, max_position_embeddings=2048, rope_theta=10_000.0)
@@ -103,16 +105,63 @@ def checkpoint_activations(model):
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
 
 
-def make_optimizers(model, settings):
-    """AdamW for all parameters, or Muon for the matrices of the layers and AdamW for the rest.
+class Muon(torch.optim.Optimizer):
+    """MomentUm Orthogonalized by Newton-Schulz (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon).
 
-    AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) scales each number of the gradient by its own recent size. Weight
-    decay pulls matrices towards 0; a norm's weight belongs near 1.
+    AdamW treats a matrix as a list of numbers. Muon treats it as a map: of the momentum's singular value decomposition
+    U S V^T it keeps U V^T, so that the weights move equally far in every direction and not only in the few in which the
+    gradient is large. Multiplied by 0.2 sqrt(max(rows, columns)), the update has the root mean square of AdamW's, and
+    both can share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
 
-    Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) sees a matrix as a matrix: of the momentum U S V^T it
-    keeps U V^T, by a few products in place of a singular value decomposition, so that every direction is learned at one
-    speed and not only those in which the gradient is large. Scaled by 0.2 sqrt(max(rows, columns)), its steps are as
-    long as AdamW's, and both share one learning rate (Liu et al. 2025, arXiv 2502.16982, section 2.2).
+    For matrices only. The products are computed in dtype, whatever the type of the weights.
+    """
+
+    def __init__(self, matrices, lr, weight_decay, momentum=0.95, dtype=torch.float32):
+        super().__init__(matrices, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.dtype = dtype
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            same_shape = defaultdict(list)  # one large product for many matrices instead of many small ones
+            for matrix in group["params"]:
+                same_shape[matrix.shape].append(matrix)
+            for shape, matrices in same_shape.items():
+                directions = []
+                for matrix in matrices:
+                    if matrix not in self.state:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+                    momentum = self.state[matrix]["momentum_buffer"].lerp_(matrix.grad, 1 - group["momentum"])
+                    directions.append(matrix.grad.lerp(momentum, group["momentum"]))  # Nesterov: one step ahead
+                updates = orthogonalize(torch.stack(directions).to(self.dtype))  # (n, rows, columns)
+                for matrix, update in zip(matrices, updates, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                    matrix.sub_(update, alpha=group["lr"] * 0.2 * math.sqrt(max(shape)))
+
+
+def orthogonalize(X):
+    """U V^T of each matrix U S V^T, approximately: (n, rows, columns) -> the same shape.
+
+    Newton-Schulz needs matrix products only. An odd polynomial of a matrix, a X + b (X X^T) X + c (X X^T)^2 X, is the
+    same polynomial of its singular values. With these coefficients (from the post cited above) five rounds bring those
+    between 0.01 and 1 close to 1, between 0.7 and 1.2, which serves an optimizer as well as 1 would.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    if tall := X.size(1) > X.size(2):
+        X = X.mT  # so that X X^T is the smaller of the two possible products
+    X = X / X.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)  # no singular value is above 1
+    for _ in range(5):
+        gram = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+def make_optimizers(model, settings, dtype):
+    """AdamW (Loshchilov & Hutter 2017, arXiv 1711.05101) for all parameters, or Muon for the matrices of the layers and
+    AdamW for the rest.
+
+    Weight decay pulls matrices towards 0; a norm's weight belongs near 1. Muon multiplies in the dtype of training,
+    except that float16 would need a scaler of its own.
     """
     muon = settings.optimizer == "muon"
     layers = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2] if muon else []
@@ -124,8 +173,8 @@ def make_optimizers(model, settings):
     ]
     optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if muon:
-        options = dict(lr=settings.learning_rate, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
-        optimizers.append(torch.optim.Muon(layers, **options))
+        dtype = torch.float32 if dtype == torch.float16 else dtype
+        optimizers.append(Muon(layers, settings.learning_rate, settings.weight_decay, dtype=dtype))
     return optimizers
 
 
@@ -271,8 +320,8 @@ def main(settings):
         sys.exit(f"the model has {config.vocab_size} tokens and {config.max_position_embeddings} positions, too few "
                  f"for the {data_vocab} tokens of the data, or for seq_len = {settings.seq_len}.")  # fmt: skip
     model.to(device)
-    if settings.compile and not can_compile(device):
-        say("training without torch.compile: it needs a CUDA device, or a C++ compiler for the CPU")
+    if settings.compile and (reason := lacks_compiler(device)):
+        say(f"training without torch.compile: {reason}")
     elif settings.compile:
         say("compiling: the first step waits for it")
         compile_parts(model)
@@ -283,7 +332,7 @@ def main(settings):
         replica = DistributedDataParallel(model, device_ids=[local_rank] if device.type == "cuda" else None)
 
     # Optimizer.
-    optimizers = make_optimizers(model, settings)
+    optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     if state:

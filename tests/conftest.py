@@ -24,6 +24,10 @@ SMALL = (
 ).split()
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: 10 seconds or more; leave these out with -m 'not slow'")
+
+
 def environment(**variables):
     """No hub but the test's own: where a test names none, nothing answers."""
     here = {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -32,14 +36,14 @@ def environment(**variables):
 
 def command(script, *args, nproc=0):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={nproc}"] if nproc else []
-    return [sys.executable, *launcher, script, *map(str, args)]
+    module = ["-m"] if script.startswith("tools.") else []
+    return [sys.executable, *launcher, *module, script, *map(str, args)]
 
 
 def run(script, *args, nproc=0, **variables):
     """Run a script of the project as a user does, and return what it printed."""
-    done = subprocess.run(
-        command(script, *args, nproc=nproc), cwd=ROOT, env=environment(**variables), capture_output=True, text=True
-    )
+    done = subprocess.run(command(script, *args, nproc=nproc), cwd=ROOT, env=environment(**variables),
+                          capture_output=True, encoding=variables.get("PYTHONIOENCODING", "utf-8"))  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

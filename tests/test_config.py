@@ -4,13 +4,14 @@ import dataclasses
 import subprocess
 import sys
 
+from plumbing.settings import load_settings
+
 import pytest
 from conftest import ROOT, refused
 
 import prepare
 import sample
 import train
-from config import load_settings
 from model import count_parameters
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("[a-z]*.py"))

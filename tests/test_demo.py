@@ -17,9 +17,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from model import SmolLM2, SmolLM2Config
 
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
-)
+BROWSER = shutil.which("chromium") and shutil.which("chromedriver")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BROWSER, reason="needs chromium and chromedriver")]
 
 
 @contextmanager
@@ -28,7 +27,7 @@ def served(model, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen(command("demo.py", f"--model={model}", f"--port={port}", *args), cwd=ROOT,
+    process = subprocess.Popen(command("tools.demo", f"--model={model}", f"--port={port}", *args), cwd=ROOT,
                                env=environment(), stdout=subprocess.PIPE, text=True)  # fmt: skip
     try:
         for line in process.stdout:
@@ -188,10 +187,10 @@ def test_a_conversation(instruct, browser):
 
 
 def test_what_cannot_be_served(tmp_path, trained):
-    assert "/nowhere" in refused("demo.py", "--model=/nowhere")
-    assert "--max_prompt=0" in refused("demo.py", f"--model={trained}", "--max_prompt=0")
+    assert "/nowhere" in refused("tools.demo", "--model=/nowhere")
+    assert "--max_prompt=0" in refused("tools.demo", f"--model={trained}", "--max_prompt=0")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"--port={port}" in refused("demo.py", f"--model={trained}", f"--port={port}")
+        assert f"--port={port}" in refused("tools.demo", f"--model={trained}", f"--port={port}")

@@ -13,12 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+from plumbing.checkpoint import load_state
+
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SMALL, command, environment, metrics, refused, run, sentences
 
-from checkpoint import load_state
 from model import SmolLM2
 
 KILLS = int(os.environ.get("KILLS", 8))
@@ -72,9 +73,11 @@ def child_of(process, rank):
 # ---- Restarts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
-    [["--dtype=float32"], ["--dtype=bfloat16"], ["--dtype=float32", "--compile=True"],
+    [["--dtype=float32"], ["--dtype=bfloat16"], ["--dtype=float16", "--optimizer=muon"],
+     ["--dtype=float32", "--compile=True"],
      ["--dtype=bfloat16", "--compile=True", "--optimizer=muon"]],
     ids=" ".join,
 )  # fmt: skip
@@ -89,6 +92,7 @@ def test_resume_is_bitwise(variant, data, tmp_path):
     assert weights(tmp_path / "parts", 40) == weights(tmp_path / "whole", 40)
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment(data, tmp_path):
     """SIGKILL at random times, half of them while a save is under way; then the weights of an undisturbed run."""
     rng, out, inside = random.Random(KILLS), tmp_path / "killed", 0
@@ -116,6 +120,7 @@ def test_killed_at_any_moment(data, tmp_path):
     assert inside, "no kill hit a save"
 
 
+@pytest.mark.slow
 def test_a_killed_rank_is_restarted_by_torchrun(data, tmp_path):
     settings = ["--max_steps=400", "--save_interval=10", "--micro_batch=2", "--resume=True"]
     launcher = command("train.py", *arguments(data, tmp_path / "killed", *settings), nproc=2)
@@ -132,6 +137,7 @@ def test_a_killed_rank_is_restarted_by_torchrun(data, tmp_path):
     assert numbers(tmp_path / "killed") == numbers(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_two_ranks_go_on_as_one_and_one_as_two(data, tmp_path):
     run("train.py", *arguments(data, tmp_path / "whole", "--max_steps=16", "--micro_batch=2"))
     for name, first, second in (("shrunk", 2, 0), ("grown", 0, 2)):
@@ -142,6 +148,7 @@ def test_two_ranks_go_on_as_one_and_one_as_two(data, tmp_path):
         assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_a_hung_rank_ends_the_job(data, tmp_path):
     args = arguments(data, tmp_path, "--max_steps=100000", "--micro_batch=2", "--timeout=3")
     process = start(*command("train.py", *args, nproc=2), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -182,6 +189,7 @@ def limited(size):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 def test_no_room_for_a_checkpoint(data, tmp_path):
     run("train.py", *arguments(data, tmp_path, "--max_steps=5"))
     before = weights(tmp_path, 5)
@@ -355,6 +363,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
 
 
+@pytest.mark.slow
 def test_prepare_killed_and_started_again(data, tmp_path):
     for number in range(3):
         talk(tmp_path / f"{number}.jsonl", number, 20_000)
@@ -386,6 +395,7 @@ def test_two_prepare_different_shards_at_once(data, tmp_path):
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_a_huge_document_needs_little_memory(data, tmp_path):
     text = " ".join(sentences(30_000))
     text = (text * (50_000_000 // len(text) + 1))[:50_000_000]

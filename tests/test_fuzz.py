@@ -4,14 +4,15 @@ import contextlib
 import dataclasses
 import json
 
+from plumbing import sources
+from plumbing.settings import load_settings
+
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import sample
-import sources
 import train
-from config import load_settings
 from model import SmolLM2Config
 
 many = settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))

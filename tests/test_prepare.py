@@ -4,6 +4,8 @@ import hashlib
 import json
 import shutil
 
+from plumbing import sources
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,6 @@ from conftest import ROOT, refused, run, sentences
 from tokenizers import Tokenizer, models
 
 import prepare
-import sources
 
 TEXTS = sentences(60, seed=5)
 REAL_TOKENIZER = ROOT.parent / "shared" / "tokenizer" / "tokenizer.json"

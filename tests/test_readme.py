@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from conftest import ROOT, environment, metrics, sentences
 from transformers import AutoModelForCausalLM
 
@@ -19,7 +20,7 @@ def commands(heading):
 
 def as_typed(commands, folder, **variables):
     """Run them in a folder that has nothing but the project's code; returns what they print."""
-    for path in [*ROOT.glob("*.py"), ROOT / "config"]:
+    for path in [*ROOT.glob("*.py"), ROOT / "config", ROOT / "plumbing"]:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     done = subprocess.run(["bash", "-e", "-c", commands], cwd=folder, env=environment(PATH=path, **variables),
@@ -28,6 +29,7 @@ def as_typed(commands, folder, **variables):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_the_first_command(tmp_path):
     first = commands("# SmolLM2 from scratch")
     install, rest = first.split("requirements.txt && ")

@@ -93,6 +93,7 @@ def test_a_question_that_is_too_long_is_said_to_be(instruct):
     assert answer == converse(["7?"], f"--model={instruct}", "--max_new_tokens=12")[0]
 
 
+@pytest.mark.slow
 def test_where_chat_templates_stand(instruct, trained, tmp_path):
     folder = shutil.copytree(instruct, tmp_path / "instruct")
     template, path = folder / "chat_template.jinja", folder / "tokenizer_config.json"

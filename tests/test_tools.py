@@ -58,6 +58,7 @@ metric_list: [{{metric: acc}}]
 """
 
 
+@pytest.mark.slow
 def test_lm_eval_reads_a_checkpoint(trained, tmp_path):
     questions = [{"question": f"{number}: A cat sees a mouse. Her bird hears"} for number in range(10)]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
@@ -91,6 +92,7 @@ def test_a_checkpoint_says_what_it_is(trained, data):
     assert str(Path(shard["source"]).parent) not in card.content and str(data) not in card.content
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_published_and_read_back(trained, hub):
     upload = next(
         line for line in (ROOT / "README.md").read_text().splitlines() if "--exclude=trainer_state.pt" in line
@@ -126,6 +128,7 @@ def test_tensorboard_has_the_metrics_also_of_a_resumed_run(tmp_path, data):
             assert shown == pytest.approx(written)
 
 
+@pytest.mark.slow
 def test_wandb_offline(tmp_path, data):
     out = tmp_path / "run"
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true", "HOME": tmp_path}
@@ -162,14 +165,14 @@ def wandb_history(file):
 @pytest.mark.parametrize(
     ("module", "script", "args"),
     [("tensorboard", "train.py", ["--log_to=tensorboard"]), ("wandb", "train.py", ["--log_to=wandb"]),
-     ("matplotlib", "plot.py", ["{trained}"]), ("gradio", "demo.py", ["--model={trained}"]),
-     ("transformers", "bench.py", ["train"])],
+     ("matplotlib", "tools.plot", ["{trained}"]), ("gradio", "tools.demo", ["--model={trained}"]),
+     ("transformers", "tools.bench", ["train"])],
 )  # fmt: skip
 def test_an_optional_package_that_is_missing_is_named(module, script, args, tmp_path, trained, data):
     (tmp_path / f"{module}.py").write_text(f"raise ImportError('No module named {module}')")
     args = arguments(data, tmp_path / "out", *args) if script == "train.py" else args
     args = [arg.format(trained=trained) for arg in args]
-    wanted = "pip install -r requirements-dev.txt" if script == "bench.py" else f"pip install {module}"
+    wanted = "pip install -r requirements-dev.txt" if script == "tools.bench" else f"pip install {module}"
     sentence = refused(script, *args, PYTHONPATH=tmp_path, WANDB_MODE="offline")
     assert wanted in sentence and len(sentence.strip().splitlines()) == 1
 

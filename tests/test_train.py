@@ -5,6 +5,8 @@ import math
 import shutil
 from pathlib import Path
 
+from plumbing.bins import Windows, validation_windows
+
 import numpy as np
 import pytest
 import torch
@@ -14,7 +16,6 @@ from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import train
-from bins import Windows, validation_windows
 from model import SmolLM2
 
 
@@ -125,6 +126,7 @@ def test_validation_windows_are_spread_and_fixed():
     assert len(validation_windows(bins, 10, 10**9)) == 99 + 49
 
 
+@pytest.mark.slow
 def test_micro_batches_and_processes_give_the_losses_of_one(tmp_path, data):
     runs = {"one": [], "accumulated": ["--micro_batch=2"], "two processes": ["--micro_batch=2"]}
     for name, args in runs.items():
@@ -150,7 +152,7 @@ def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer):
     settings = train.Settings(optimizer=optimizer, weight_decay=0.5)
     model = SmolLM2(train.SmolLM2Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
                                         num_key_value_heads=1))  # fmt: skip
-    groups = [group for one in train.make_optimizers(model, settings) for group in one.param_groups]
+    groups = [group for one in train.make_optimizers(model, settings, torch.float32) for group in one.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters()} and len(parameters) == 2 * 9 + 2
     assert all(p.dim() == (2 if group["weight_decay"] else 1) for group in groups for p in group["params"])
@@ -227,6 +229,7 @@ def test_the_newest_checkpoints_stay(tmp_path, data):
 # ---- Variants
 
 
+@pytest.mark.slow
 def test_compiled_in_bfloat16_with_samples(tmp_path, data):
     printed = trainer(data, tmp_path, "--max_steps=6", "--compile=True", "--dtype=bfloat16", "--sample_interval=3",
                       "--sample_prompt=1: A cat", "--eval_tokens=320")  # fmt: skip

@@ -1,7 +1,7 @@
 """Pictures of runs, one or several to compare.
 
-    python plot.py out/tiny
-    python plot.py out/first out/second --out=curves.png
+    python -m tools.plot out/tiny
+    python -m tools.plot out/first out/second --out=curves.png
 
 Reads metrics.jsonl of each run; needs `pip install matplotlib`.
 """
@@ -66,9 +66,9 @@ def main(settings):
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
     except ImportError:
-        sys.exit("plot.py needs matplotlib: pip install matplotlib")
+        sys.exit("tools.plot needs matplotlib: pip install matplotlib")
     if not settings.runs:
-        sys.exit("plot.py draws the runs that it is given: python plot.py out/tiny")
+        sys.exit("tools.plot draws the runs that it is given: python -m tools.plot out/tiny")
     figure, axes = plt.subplots(3, 2, figsize=(12, 12), layout="constrained")
     loss, bits, rate, norm, speed, unique = axes.flat
     for number, run in enumerate(settings.runs):

@@ -1,7 +1,7 @@
 """A page to talk to a model, in the browser.
 
-    python demo.py --model=out/tiny                                 it continues what one types
-    python demo.py --model=HuggingFaceTB/SmolLM2-135M-Instruct      it has a conversation
+    python -m tools.demo --model=out/tiny                                 it continues what one types
+    python -m tools.demo --model=HuggingFaceTB/SmolLM2-135M-Instruct      it has a conversation
 
 Everything but the page is sample.py's. Needs `pip install gradio`.
 """
@@ -10,15 +10,16 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
+from plumbing.settings import load_settings
+
 import torch
 
 import sample
-from config import load_settings
 
 try:
     import gradio as gr
 except ImportError:
-    sys.exit("demo.py needs gradio: pip install gradio")
+    sys.exit("tools.demo needs gradio: pip install gradio")
 
 
 @dataclass

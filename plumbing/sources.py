@@ -42,10 +42,10 @@ def list_files(source, revision=None):
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
     paths = [source] if os.path.isfile(source) else sorted(glob.glob(pattern, recursive=True))
     readers = {".jsonl": jsonl_texts, ".parquet": parquet_texts}
-    files = [File(path, fingerprint(path), partial(read, path)) for path in paths
+    files = [File(Path(path).as_posix(), fingerprint(path), partial(read, path)) for path in paths
              if (read := readers.get(Path(path).suffix))]  # fmt: skip
     if text_files := [path for path in paths if path.endswith(".txt")]:
-        files.append(File(source, fingerprint(*text_files), lambda: map(text_of, text_files)))
+        files.append(File(Path(source).as_posix(), fingerprint(*text_files), lambda: map(text_of, text_files)))
     if files:
         return files, f"0-{len(files) - 1}"
     if paths or not re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}", source):
@@ -65,7 +65,7 @@ def documents(file, at_most=None):
 
 def fingerprint(*paths):
     """Changes when a local file does."""
-    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    stats = [(Path(path).as_posix(), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
     return f"{sum(size for _, size, _ in stats)} bytes, {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
@@ -153,8 +153,10 @@ def python_docs():
     paths = [
         path for root in roots for path in sorted(root.rglob("*.py")) if not skip & {*path.relative_to(root).parts}
     ]
-    topics = ast.parse((library / "pydoc_data" / "topics.py").read_bytes()).body[-1].value  # a literal dict
-    return list(dict.fromkeys(itertools.chain(ast.literal_eval(topics).values(), *map(docstrings_of, paths))))
+    reference, topics = library / "pydoc_data" / "topics.py", {}
+    if reference.exists():  # some systems leave it out
+        topics = ast.literal_eval(ast.parse(reference.read_bytes()).body[-1].value)  # a literal dict
+    return list(dict.fromkeys(itertools.chain(topics.values(), *map(docstrings_of, paths))))
 
 
 def docstrings_of(path, at_least=200):

@@ -1,17 +1,17 @@
 """Speed, side by side with what people use instead, on the machine it runs on.
 
-    python bench.py all                     everything there is to measure; hours on a CPU, minutes on a GPU
-    python bench.py train --size=135m       a training step against transformers, as it comes and compiled
-    python bench.py sample                  generation against transformers and, with --gguf=FILE, llama.cpp
-    python bench.py prepare                 tokenizing against the tokenizer alone, and against datasets.map
-    python bench.py load                    reading batches against streaming and tokenizing them
-    python bench.py learn                   time to a loss: the settings of config/tiny.py against plain AdamW
-    python bench.py start                   seconds from the command to the first step, nothing compiled before
-    python bench.py ranks                   two processes against one
+    python -m tools.bench all                     everything there is to measure; hours on a CPU, minutes on a GPU
+    python -m tools.bench train --size=135m       a training step against transformers, as it comes and compiled
+    python -m tools.bench sample                  generation against transformers and, with --gguf=FILE, llama.cpp
+    python -m tools.bench prepare                 tokenizing against the tokenizer alone, and against datasets.map
+    python -m tools.bench load                    reading batches against streaming and tokenizing them
+    python -m tools.bench learn                   time to a loss: the settings of config/tiny.py against plain AdamW
+    python -m tools.bench start                   seconds from the command to the first step, nothing compiled before
+    python -m tools.bench ranks                   two processes against one
 
 A machine's speed drifts, so seconds say little and ratios more: the contestants, each in a process of its own, take
 turns, and each round gives a ratio. The table shows the median of the rounds and their range. Results are kept in
-bench/results-DEVICE.json.
+tools/results/DEVICE.json.
 
 It needs requirements-dev.txt. To compare with llama.cpp, `pip install llama-cpp-python` and a file that its
 convert_hf_to_gguf.py made of the model.
@@ -31,17 +31,18 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
+from plumbing.bins import Windows, open_bins, to_device
+from plumbing.devices import choose_device, choose_dtype, keep_freed_memory, peak_flops
+
 import torch
 import tyro
 
 import sample
-from bins import Windows, open_bins, to_device
-from devices import choose_device, choose_dtype, keep_freed_memory, peak_flops
 from model import SmolLM2, SmolLM2Config, training_flops
 from train import Settings as TrainSettings
 from train import compile_parts, make_optimizers
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parent.parent
 
 
 @dataclass
@@ -163,7 +164,7 @@ def trainer(name, size, seq_len, micro_batch, device_name):
     with torch.device(device):
         model = SmolLM2(config)
         tokens = torch.randint(0, config.vocab_size, (micro_batch, seq_len))
-    optimizer = make_optimizers(model, TrainSettings())[0]
+    optimizer = make_optimizers(model, TrainSettings(), dtype)[0]
     if name.startswith("transformers"):
         model = in_transformers(model, torch.float32)
         model.train()
@@ -535,7 +536,7 @@ def main(settings):
         sys.exit(f"{error}; pip install -r requirements-dev.txt, and for --gguf pip install llama-cpp-python")
     device = choose_device(settings.device)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}-{os.cpu_count()}-cores"
-    path = ROOT / "bench" / f"results-{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
+    path = ROOT / "tools" / "results" / f"{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     benches = {
         what.removeprefix("bench_"): function for what, function in globals().items() if what.startswith("bench_")

@@ -2,9 +2,9 @@
 
     python train.py config/tiny.py --learning_rate=1e-3 --model.num_hidden_layers=4
 
-A file is Python and holds a section for each script, as `train = dict(learning_rate=1e-3, model=dict(...))`. Its values
-become arguments in front of those of the command line, and of two the later holds: so both are read, typed and refused
-by the same parser, and nothing else decides what wins.
+A recipe is a Python file in config/. It holds a section for each script, as `train = dict(learning_rate=1e-3, ...)`.
+Its values become arguments in front of those of the command line, and of two the later holds: so both are read, typed
+and refused by the same parser, and nothing else decides what wins.
 """
 
 import difflib
@@ -17,6 +17,9 @@ import tyro
 
 def load_settings(section, cls, argv=None):
     """The dataclass cls from the section of a file and the command line; exits with one sentence if they do not fit."""
+    for stream in (sys.stdout, sys.stderr):  # a console need not have every character that a model writes
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     args = list(sys.argv[1:] if argv is None else argv)
     if files := [arg for arg in args if not arg.startswith("-")]:
         args.remove(files[0])

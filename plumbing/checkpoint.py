@@ -102,7 +102,8 @@ def read_weights(folder, shapes, ignored, dtype, device):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     if name not in ignored:
-                        tensors[name] = file.get_tensor(name).to(device, dtype)
+                        # A copy: the tensor is the file, mapped into memory, and the file will be removed one day.
+                        tensors[name] = file.get_tensor(name).to(device, dtype, copy=True)
         except FileNotFoundError:
             raise ValueError(f"{path} is missing") from None
         except (SafetensorError, OSError) as error:
@@ -192,7 +193,7 @@ def save_checkpoint(out_dir, step, model, tokenizer_file, card, state, keep):
         with open(temporary / "trainer_state.pt", "wb") as file:  # Python's file says what is wrong with the disk
             torch.save(state, file)
         for path in temporary.iterdir():
-            with open(path, "rb") as file:
+            with open(path, "r+b") as file:  # Windows flushes only what is open for writing
                 os.fsync(file.fileno())
         os.rename(temporary, final)
         remove_old_checkpoints(out_dir, keep)
