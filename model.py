@@ -1,25 +1,24 @@
-"""SmolLM2, the whole architecture, to be read from top to bottom.
+"""SmolLM2: the whole architecture, to be read from top to bottom.
 
-SmolLM2 (Allal et al. 2025, arXiv 2502.02737) is a family of three small language models, of 135M, 360M and 1.7B
-parameters. Its architecture is Llama's: a decoder-only transformer with RMSNorm in front of each part, rotary
-positions, grouped-query attention, a gated MLP, no biases, and one matrix that is both the input embedding and the
-output head. This file holds the model and nothing else: train.py trains it, sample.py lets it write.
+SmolLM2 (Allal et al. 2025, arXiv 2502.02737) is a family of three language models with 135M, 360M and 1.7B parameters.
+The architecture is Llama's: a decoder-only transformer with RMSNorm before each block, grouped-query attention with
+rotary positions, a gated MLP, no biases, and one matrix that serves as input embedding and as output head.
 
     tokens (B, T)
       |
-    embed_tokens                   a row of the table for each token                    (B, T, C)
+    embed_tokens                   each token becomes a row of a table                  (B, T, C)
       |
-      +---> input_layernorm ----------> self_attn    tokens look at earlier tokens --+
+      +---> input_layernorm ----------> self_attn    tokens read earlier tokens -----+
       + <----------------------------------------------------------------------------+
       |                                                                                   x 30 layers
-      +---> post_attention_layernorm -> mlp     each token is worked on by itself ---+
+      +---> post_attention_layernorm -> mlp          each token by itself -----------+
       + <----------------------------------------------------------------------------+
       |
     norm                                                                                (B, T, C)
       |
-    lm_head                        the table again: a score for each possible next token (B, T, V)
+    lm_head                        the same table: a logit for each possible next token (B, T, V)
 
-The line on the left is the residual stream: each layer reads from it and adds to it; nothing else connects the layers.
+The line on the left is the residual stream. Each block reads from it and adds to it; nothing else connects the layers.
 
 Shapes stand at the end of a line, in one notation:
 
@@ -27,27 +26,27 @@ Shapes stand at the end of a line, in one notation:
     H query heads (9)     K key/value heads (3)      D width of a head (64)    V vocabulary (49152)
     L layers (30)         S slots of the cache, or T     N parameters
 
-Beside each component stands what it adds to the 134,515,008 parameters of the 135M. `python model.py` prints that sum,
-and why others came to different ones; `python model.py 1.7b` prints it for another size.
+Each section ends with what it adds to the 134,515,008 parameters of the 135M. `python model.py` prints that sum, and
+what follows from it; `python model.py 1.7b` does so for another size.
 """
 
 import dataclasses
 import math
 import sys
 from dataclasses import dataclass
-
-from plumbing.checkpoint import find_checkpoint, read_config, read_weights, write_model
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recomputed
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class SmolLM2Config:
-    """The shape of a model: the fields are keys of the checkpoint's config.json, the defaults the published 135M."""
+    """The shape of a model. The fields are keys of a checkpoint's config.json, the defaults the published 135M."""
 
     vocab_size: int = 49152  # V, entries of the tokenizer
     hidden_size: int = 576  # C, width of the residual stream
@@ -60,7 +59,7 @@ class SmolLM2Config:
     rms_norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     initializer_range: float | None = None  # standard deviation of the initial weights; None: 1 / sqrt(hidden_size)
     tie_word_embeddings: bool = True  # the output head is the embedding table
-    bos_token_id: int = 0  # <|endoftext|>: it stands between documents, so it begins one as well
+    bos_token_id: int = 0  # <|endoftext|>: it ends every document, so it also stands before the next one
     eos_token_id: int = 0  # the token that ends a text
 
     @classmethod
@@ -69,27 +68,14 @@ class SmolLM2Config:
 
     @classmethod
     def smollm2_360m(cls):
-        return cls(hidden_size=960, intermediate_size=2560, num_hidden_layers=32,
-                   num_attention_heads=15, num_key_value_heads=5)  # fmt: skip
+        heads = dict(num_attention_heads=15, num_key_value_heads=5)
+        return cls(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, **heads)
 
     @classmethod
     def smollm2_1_7b(cls):
-        return cls(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=32,
-                   num_key_value_heads=32, rope_theta=130_000.0, initializer_range=0.02)  # fmt: skip
-
-    @classmethod
-    def from_pretrained(cls, folder):
-        """What a checkpoint's config.json says; raises ValueError, naming the field, if it is not this architecture."""
-        names = {field.name for field in dataclasses.fields(cls)}
-        values = read_config(folder, names | {"head_dim"})
-        if missing := names - values.keys() - {"initializer_range", "bos_token_id", "eos_token_id"}:
-            raise ValueError(f"{folder}/config.json lacks {min(missing)}")
-        head_dim = values.pop("head_dim", None)
-        config = cls(**values)
-        config.check()
-        if head_dim not in (None, config.head_dim):
-            raise ValueError(f"{folder}/config.json: head_dim {head_dim!r} is not hidden_size / num_attention_heads")
-        return config
+        heads = dict(num_attention_heads=32, num_key_value_heads=32)
+        size = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24)
+        return cls(**size, **heads, rope_theta=130_000.0, initializer_range=0.02)
 
     @property
     def head_dim(self):
@@ -102,32 +88,31 @@ class SmolLM2Config:
     def check(self):
         """Raise a ValueError that names the field if the values cannot make a model."""
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value, least = getattr(self, field.name), 0 if field.name.endswith("_token_id") else 1
             if field.type is bool:
                 fits, wanted = isinstance(value, bool), "true or false"
             elif field.type is int:
-                least = 0 if field.name.endswith("_token_id") else 1
                 fits, wanted = type(value) is int and value >= least, f"a whole number, at least {least}"
             else:
                 fits, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
-            if not fits and not (value is None and field.name == "initializer_range"):
+            if not fits and (value is not None or field.name != "initializer_range"):
                 raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
         C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if C % (2 * H):  # a head is C / H wide, and rotary positions turn its channels in pairs
+        if C % (2 * H):  # a head is C / H wide, and rotary positions take its channels in pairs
             raise ValueError(f"hidden_size {C} must be a multiple of 2 x num_attention_heads, {2 * H}")
-        if H % K:  # each key/value head serves as many query heads as any other
+        if H % K:  # every key/value head serves the same number of query heads
             raise ValueError(f"num_attention_heads {H} must be a multiple of num_key_value_heads {K}")
 
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------
 #
-# Every part of a layer wants its input at one scale, while the residual stream grows with each addition. RMSNorm (Zhang
-# & Sennrich 2019, arXiv 1910.07467) divides a vector by its root mean square and multiplies each channel by a learned
-# weight. LayerNorm would also subtract the mean and add a bias; neither turned out to matter.
+# The residual stream grows with every addition, but a block needs its input at one scale. RMSNorm (Zhang & Sennrich
+# 2019, arXiv 1910.07467) divides a vector by its root mean square and multiplies each channel by a learned weight.
+# LayerNorm also subtracts the mean and adds a bias; models turned out to train as well without.
 #
 #     y = x / sqrt(mean(x^2) + eps) * weight
 #
-# Parameters: C = 576. Each layer has two, and one stands before the head: 576 x (2 x 30 + 1) = 35,136.
+# Parameters: C = 576. There are two norms in each layer and one before the head: 576 x (2 x 30 + 1) = 35,136.
 
 
 class RMSNorm(nn.Module):
@@ -137,93 +122,23 @@ class RMSNorm(nn.Module):
         self.eps = config.rms_norm_eps
 
     def forward(self, x):  # (..., C) -> (..., C)
-        x_float32 = x.float()  # a sum of squares needs more than the 8 significant bits of bfloat16
+        x_float32 = x.float()  # bfloat16 has 8 significant bits, too few for a sum of squares
         scale = torch.rsqrt(x_float32.pow(2).mean(-1, keepdim=True) + self.eps)  # (..., 1)
         return self.weight * (x_float32 * scale).type_as(x)
 
 
-# ---- Rotary positions -----------------------------------------------------------------------------------------------
-#
-# Attention by itself does not know the order of its tokens. RoPE (Su et al. 2021, arXiv 2104.09864) tells it by turning
-# the queries and keys: cut a head's D channels into D / 2 pairs, take each pair as a point in the plane, and turn it by
-# an angle proportional to the token's position, pair j at its own speed:
-#
-#     angle = position x speed_j,     speed_j = theta^(-2j / D),     j = 0 ... D/2 - 1
-#
-# Why this gives *relative* position: attention compares a query at position m with a key at position n by their dot
-# product. Turning both by one more angle changes no dot product, so turning q by m and k by n gives what leaving q
-# alone and turning k by n - m would:
-#
-#     (R_m q) . (R_n k)  =  q . R_m^T R_n k  =  q . R_(n-m) k
-#
-# Only the distance is left: a pattern learned at one place of the text holds at every other. Like the hands of a clock,
-# the fast pairs tell near distances apart and the slow pairs far ones. With D = 64 and theta = 100,000 the first pair
-# turns once in 2 pi = 6.3 tokens, the last once in 438,000:
-#
-#     pair j              0       8       16       24        31
-#     turns once in     6.3     112    1,987   35,333   438,460 tokens
-#
-# Which channels make a pair is a convention, and the commonest mistake in writing this model. The paper pairs
-# neighbours, (0, 1), (2, 3), ... ("interleaved"); the checkpoints of this family pair channel j with channel j + D/2
-# ("half-split"). Both are right for weights trained that way, and each turns the other's weights into noise.
-#
-# Parameters: none. (A learned position table instead, of 1024 x 576, is where one write-up's count is 589,824 too
-# high.)
-
-
-def rotary_tables(positions, config):
-    """Cosine and sine of each position's angles, in float32: positions (T,) int64 -> two tables (T, D/2)."""
-    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim  # (D/2,)
-    speeds = 1.0 / config.rope_theta**exponents  # (D/2,)
-    angles = positions.float()[:, None] * speeds  # (T, D/2)
-    return angles.cos(), angles.sin()
-
-
-def rotate(x, cos, sin):
-    """Turn the pairs (j, j + D/2) of x (..., T, D) by the angles of the tables (T, D/2)."""
-    first, second = x.float().chunk(2, dim=-1)  # (..., T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)  # (..., T, D)
-
-
-# ---- The key/value cache --------------------------------------------------------------------------------------------
-#
-# When a model writes, each new token attends to all earlier ones. Their keys and values do not change any more, so they
-# are kept. Without the cache, writing n tokens computes n (n + 1) / 2 positions; with it, n: for 1,000 tokens 500 times
-# less. The price is memory: 2 (keys and values) x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers for each token, 23,040
-# bytes in bfloat16. It would be 69,120 without grouped-query attention, which comes next.
-
-
-class KVCache:
-    """The keys and values of one layer: slots for a fixed number of positions, written in place.
-
-    What attention reads is always all of it, and a mask hides the slots that are still empty. So shapes and addresses
-    are the same for every token, which a compiler asks for, and a GPU that is to repeat a recorded step.
-    """
-
-    def __init__(self, config, batch_size, num_slots, dtype, device):
-        shape = (batch_size, config.num_key_value_heads, num_slots, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)  # (B, K, S, D); not empty: 0 x NaN is NaN
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
-
-    def update(self, slots, keys, values):
-        """Write keys and values (B, K, T, D) into slots (T,); return those of all slots, (B, K, S, D)."""
-        self.keys.index_copy_(2, slots, keys.type_as(self.keys))
-        self.values.index_copy_(2, slots, values.type_as(self.values))
-        return self.keys, self.values
-
-
 # ---- Attention ------------------------------------------------------------------------------------------------------
 #
-# Attention is how a token learns from the tokens before it. Each token asks with a query, each earlier token answers
-# with a key, and the better the two agree, the more of that token's value is taken over:
+# Attention is how a token reads the tokens before it. Each token has a query, and each earlier token, itself included,
+# a key and a value. The better a query matches a key, the more of that token's value is taken:
 #
 #     weights = softmax(q k^T / sqrt(D))    over the tokens up to this one
 #     y = weights v
 #
-# This happens in H = 9 heads at once, each D = 64 wide, so that nine questions can be asked. Grouped-query attention
-# (Ainslie et al. 2023, arXiv 2305.13245) gives three query heads one key/value head in common: nine questions are put
-# to three sets of answers. That is why k_proj and v_proj have 3 x 64 = 192 columns and not 576 (rows, in PyTorch, which
-# keeps a matrix transposed): it makes the cache three times smaller and loses little.
+# It happens in H = 9 heads at once, each D = 64 wide, so a token can look for nine things at a time. In grouped-query
+# attention (Ainslie et al. 2023, arXiv 2305.13245) three query heads share one key/value head. The cache that
+# generation needs is three times smaller for it, and little is lost. So k_proj and v_proj have 3 x 64 = 192 outputs,
+# not 576: a frequent mistake in counting this model.
 #
 # Parameters of a layer:
 #     q_proj   C x H D = 576 x 576 = 331,776
@@ -243,43 +158,85 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.head_dim = D
 
-    def forward(self, x, cos, sin, mask=None, cache=None, slots=None):
+    def forward(self, x, rotary, mask=None, cache=None):
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q, k = rotate(q, rotary), rotate(k, rotary)  # by position: the next section
         if cache is not None:
-            k, v = cache.update(slots, k, v)  # (B, K, S, D)
-        fused = takes_grouped_queries(q)
+            k, v = cache.update(k, v)  # (B, K, S, D), in the cache's dtype, which may be another than that of x
+        fused = has_grouped_kernel(q)
         if not fused and k.size(1) < q.size(1):
-            k, v = (x.repeat_interleave(q.size(1) // k.size(1), dim=1) for x in (k, v))  # (B, H, S, D)
+            k, v = (heads.repeat_interleave(q.size(1) // k.size(1), dim=1) for heads in (k, v))  # (B, H, S, D)
+        # Grouped queries: with enable_gqa, query heads 0, 1, 2 read key/value head 0, heads 3, 4, 5 read head 1, ...
         y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=fused)
         return self.o_proj(y.type_as(x).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
-def takes_grouped_queries(q):
-    """Whether PyTorch has a fused attention kernel for grouped queries of this kind.
+def has_grouped_kernel(q):
+    """Whether PyTorch has a fused attention kernel for grouped queries, which never holds the T x S weights in memory.
 
-    Fused kernels never hold the T x S weights of a head in memory at once. Those for grouped queries need a CPU, or
-    16-bit numbers on a GPU of compute capability 8.0 (NVIDIA Ampere, 2020). Elsewhere PyTorch would fall back to plain
-    products, which on four windows of 2048 tokens keep 9 GB of weights, and copies of them, for the backward pass. So
-    each key/value head is repeated for its query heads there, and the memory-efficient kernel fits.
+    There is one for CPUs, and one for 16 bits on GPUs of compute capability 8.0 (NVIDIA Ampere, 2020). Elsewhere keys
+    are repeated, and the memory-efficient kernel fits; plain products would keep 9 GB of weights for 4 windows of 2048.
     """
     if q.device.type == "cuda":
         return q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
     return q.device.type == "cpu"
 
 
+# ---- Rotary positions -----------------------------------------------------------------------------------------------
+#
+# Attention by itself does not know the order of its tokens. Rotary positions (Su et al. 2021, arXiv 2104.09864) encode
+# it by rotating queries and keys. The D channels of a head form D / 2 pairs, each pair is a point in the plane, and
+# pair j of the token at position p is rotated by the angle
+#
+#     p x speed_j,     speed_j = theta^(-2j / D),     j = 0 ... D/2 - 1
+#
+# The result depends on *relative* positions alone. A rotation of both vectors by the same angle leaves their dot
+# product unchanged, so for a query at position m and a key at position n
+#
+#     (R_m q) . (R_n k)  =  q . R_m^T R_n k  =  q . R_(n-m) k
+#
+# and a pattern that is learned in one place of a text holds in every other. Like the hands of a clock, fast pairs tell
+# small distances apart and slow pairs large ones. With D = 64 and theta = 100,000:
+#
+#     pair j              0       8       16       24        31
+#     turns once in     6.3     112    1,987   35,333   438,460 tokens
+#
+# Which channels form a pair is a convention, and the wrong one is the most common mistake in writing this model. The
+# paper pairs neighbours, (0, 1), (2, 3), ... ("interleaved"); the checkpoints of this family pair channel j with
+# channel j + D/2 ("half-split"). Weights trained with one convention are noise in the other.
+#
+# Parameters: none. (A learned table of 1024 positions instead would add 1024 x 576 = 589,824.)
+
+
+def rotary_table(positions, config):
+    """Cosines and sines of the angles at positions (T,) int64, in float32: (2, T, D/2)."""
+    exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim  # (D/2,)
+    speeds = 1.0 / config.rope_theta**exponents  # (D/2,)
+    angles = positions.float()[:, None] * speeds  # (T, D/2)
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x, rotary):
+    """Rotate the pairs (j, j + D/2) of x (B, heads, T, D) by the angles in rotary (2, T, D/2)."""
+    cos, sin = rotary
+    first, second = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+
+
 # ---- The MLP --------------------------------------------------------------------------------------------------------
 #
-# After attention has brought information together, the MLP works on each token alone. SwiGLU (Shazeer 2020, arXiv
-# 2002.05202) has three matrices where a classic MLP has two: up makes F = 1536 features, gate decides through the
-# smooth switch silu(x) = x sigmoid(x) how much of each passes, down brings the result back to the residual stream.
-# A classic MLP is 4 C wide. With three matrices, 8/3 C costs the same: 8/3 x 576 = 1536.
+# Attention moves information between tokens; the MLP works on each token alone. SwiGLU (Shazeer 2020, arXiv 2002.05202)
+# has three matrices where a classic MLP has two: up computes F = 1536 features, gate decides through the smooth switch
+# silu(x) = x sigmoid(x) how much of each passes, and down brings the result back to the residual stream. A classic MLP
+# is 4 C wide; with three matrices, 8/3 C costs the same: 8/3 x 576 = 1536.
 #
-# Parameters of a layer: 3 x C x F = 3 x 576 x 1536 = 2,654,208. (With two matrices: 1,769,472, another common
-# miscount.)
+# To try another activation, change it here, and hidden_act in plumbing/pretrained.py, by which other tools read a
+# checkpoint. Another norm or another order of blocks is a change of this file alone.
+#
+# Parameters of a layer: 3 x C x F = 3 x 576 x 1536 = 2,654,208.
 
 
 class MLP(nn.Module):
@@ -295,8 +252,8 @@ class MLP(nn.Module):
 
 # ---- A layer --------------------------------------------------------------------------------------------------------
 #
-# Normalise, attend, add; normalise, think, add. The stream itself is never normalised on its way ("pre-norm"), so that
-# a gradient reaches every layer through additions alone.
+# Normalise, attend, add; normalise, MLP, add. Only the inputs of the blocks are normalised, never the stream itself
+# ("pre-norm"), so gradients reach every layer through additions alone.
 #
 # Parameters: 884,736 (attention) + 2,654,208 (MLP) + 2 x 576 (norms) = 3,540,096; thirty layers have 106,202,880.
 
@@ -309,18 +266,79 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x, cos, sin, mask=None, cache=None, slots=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, slots)
-        x = x + self.mlp(self.post_attention_layernorm(x))
-        return x  # (B, T, C)
+    def forward(self, x, rotary, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
+        x = x + self.self_attn(self.input_layernorm(x), rotary, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ---- What generation adds -------------------------------------------------------------------------------------------
+#
+# A language model writes by predicting the next token, again and again. Keys and values of earlier tokens do not change
+# any more, so they are kept. Without this cache, n new tokens cost n (n + 1) / 2 positions of work, with it n: for
+# 1,000 tokens 500 times less. It takes 2 x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers a token, 23,040 bytes in
+# bfloat16; without grouped queries it would be 69,120.
+
+
+class KVCache:
+    """The keys and values of one layer: S slots, written in place. Attention reads all of them, and the mask hides the
+    empty ones, so shapes and addresses never change, as torch.compile and CUDA graphs require."""
+
+    def __init__(self, model, B, S, slots):
+        weight, config = model.lm_head.weight, model.config
+        # A CPU reads 16-bit weights in half the time, but its attention has to widen 16-bit keys before it multiplies.
+        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
+        shape = (B, config.num_key_value_heads, S, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); not empty, for 0 x NaN is NaN
+        self.values = torch.zeros_like(self.keys)
+        self.slots = slots  # (T,), those that the next keys and values are written to
+
+    def update(self, keys, values):
+        """Write keys and values (B, K, T, D) into the current slots; return those of all slots, (B, K, S, D)."""
+        self.keys.index_copy_(2, self.slots, keys.type_as(self.keys))
+        self.values.index_copy_(2, self.slots, values.type_as(self.values))
+        return self.keys, self.values
+
+
+# Prompts of different lengths are aligned on the right, so that all rows continue in the same slot. What is left of a
+# shorter one is masked. Positions need no correction for it, since attention sees distances alone. Two prompts of 4 and
+# of 2 tokens, and the slots that each token sees (1):
+#
+#     slot        0 1 2 3          slot        0 1 2 3
+#     "the"       1 0 0 0          (padding)   1 0 0 0     padding sees itself, because a softmax over nothing
+#     "old"       1 1 0 0          (padding)   0 1 0 0     has no value; no other token reads the result
+#     "dog"       1 1 1 0          "a"         0 0 1 0
+#     "sees"      1 1 1 1          "cat"       0 0 1 1
+
+
+def attention_mask(queries, S, padding):
+    """Which of S slots the tokens in slots queries (T,) see, where padding (B, 1) slots come first: (B, 1, T, S)."""
+    slots, queries = torch.arange(S, device=queries.device), queries[:, None]  # (S,), (T, 1)
+    return (((slots <= queries) & (slots >= padding[:, :, None])) | (slots == queries))[:, None]
+
+
+def choose(logits, temperature, top_k, top_p, generator=None):
+    """Draw the next token: (B, V) -> (B,) int64.
+
+    temperature divides the logits: below 1 likely tokens become likelier, at 0 the likeliest is taken. top_k keeps the
+    k likeliest (0: all), top_p the likeliest that together hold at least that probability (Holtzman et al. 2019, arXiv
+    1904.09751). Without either, one of many thousand improbable tokens derails the text now and then.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k) each, the likeliest first
+    probabilities = (best.float() / temperature).softmax(-1)  # (B, k)
+    if top_p < 1:
+        superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
+        probabilities = probabilities.masked_fill(superfluous, 0)
+    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
 #
 # The embedding has a row of C numbers for each of V tokens: 49,152 x 576 = 28,311,552 parameters, a fifth of the 135M.
-# The head needs a matrix of the same shape, to score each token against the last hidden state, and uses the same one
-# (Press & Wolf 2017, arXiv 1608.05859): at this size a second table would be a waste, and each token's row learns from
-# being read as well as from being predicted.
+# The head needs a matrix of the same shape, for the logits of all tokens, and uses the same one (Press & Wolf 2017,
+# arXiv 1608.05859). A second table would cost another fifth, and a shared row learns twice: when its token is read,
+# and when it is predicted.
 #
 # Parameters: 28,311,552 (embedding) + 106,202,880 (layers) + 576 (last norm) + 0 (head, tied) = 134,515,008.
 
@@ -335,30 +353,24 @@ class SmolLM2(nn.Module):
         super().__init__()
         config.check()
         self.config = config
-        self.model = nn.ModuleDict(
-            dict(
-                embed_tokens=nn.Embedding(config.vocab_size, config.hidden_size),
-                layers=nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers)),
-                norm=RMSNorm(config),
-            )
-        )
+        embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=RMSNorm(config)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+        self.recompute = False  # train.py: --recompute_activations
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
         """Draw the weights: normal, with standard deviation 1 / sqrt(C) unless the configuration says otherwise.
 
-        A sum of C products with such weights is as large as what goes in. Two exceptions:
-
-        The two projections that write into the residual stream, o_proj and down_proj, are divided by sqrt(2 L). The
-        stream is a sum of 2 L writes, and random writes add up like sqrt(2 L): so its size does not depend on depth.
-
-        The matrix of the head is divided by 4. The last norm gives the head a vector of length sqrt(C); a full-sized
-        matrix would turn it into scores of variance 1, opinions about the next token before any text was read, and a
-        first loss of ln V + 1/2. With variance 1/16 it is ln V + 1/32: every token as likely as every other.
+        With that, a sum of C products is as large as its inputs. There are two exceptions. The projections that write
+        into the residual stream, o_proj and down_proj, are divided by sqrt(2 L): the stream is a sum of 2 L writes, and
+        its size shall not depend on the depth. The head is divided by 4: its input has the length sqrt(C), so a matrix
+        of full size would give logits of variance 1, preferences among tokens before any text was read, and a first
+        loss of ln V + 1/2. With variance 1/16 it is ln V + 1/32.
         """
         std = self.config.initial_std
         for name, parameter in self.named_parameters():
@@ -369,58 +381,39 @@ class SmolLM2(nn.Module):
         nn.init.normal_(self.lm_head.weight, 0.0, std / 4)  # the embedding too, where it is tied
 
     def forward(self, input_ids, targets=None):
-        """Score every possible next token, or say how surprised the model is by the real ones.
+        """Logits for the next token, or the loss where the next tokens are given.
 
-        input_ids (B, T) int64 -> logits (B, T, V); with targets (B, T) int64, the token that follows each input ->
-        the mean cross-entropy in nats, a scalar in float32, where a target of -100 is left out.
+        input_ids (B, T) int64 -> logits (B, T, V). With targets (B, T) int64, the token that follows each input -> the
+        mean cross-entropy in nats, a float32 scalar; a target of -100 is left out. Raises ValueError beyond
+        max_position_embeddings.
         """
-        hidden = self.hidden_states(input_ids)  # (B, T, C)
-        if targets is None:
-            return self.lm_head(hidden)
-        return self.nats(hidden, targets) / (targets != -100).sum()
+        hidden = self.hidden_states(input_ids, torch.arange(input_ids.size(1), device=input_ids.device))
+        return self.lm_head(hidden) if targets is None else self.loss(hidden, targets)
 
-    def hidden_states(self, input_ids, caches=None, slots=None, padding=None):
-        """The residual stream after the last norm: (B, T) -> (B, T, C).
+    def hidden_states(self, input_ids, positions, mask=None, caches=None):
+        """The residual stream after the last norm: tokens (B, T) at positions (T,) -> (B, T, C).
 
-        With caches, one for each layer, the tokens are written to slots (T,) of them, and each sees all slots up to its
-        own. Where a row's text begins later than the others, padding (B, 1) slots at its beginning stay unseen. Raises
-        ValueError beyond max_position_embeddings.
+        Without a mask (B, 1, T, S) each token sees itself and all before it. Generation brings a cache for each layer.
         """
-        T, room = input_ids.size(1), self.config.max_position_embeddings
-        S = caches[0].keys.size(2) if caches else T
-        if room < S:
-            raise ValueError(f"{S} tokens are more than the {room} of max_position_embeddings")
-        if caches is None:  # a whole text, of which each token sees itself and those before it
-            slots, mask, caches = torch.arange(T, device=input_ids.device), None, [None] * len(self.model.layers)
-        else:
-            all_slots = torch.arange(S, device=input_ids.device)
-            first = torch.minimum(padding, slots)  # (B, T); padding has to see something, so it sees itself
-            mask = (first[:, None, :, None] <= all_slots) & (all_slots <= slots[:, None])  # (B, 1, T, S)
-        cos, sin = rotary_tables(slots, self.config)  # the same for all layers
-
+        if input_ids.size(1) > self.config.max_position_embeddings:
+            raise ValueError(f"{input_ids.size(1)} tokens are more than max_position_embeddings allows")
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
-        for layer, cache in zip(self.model.layers, caches, strict=True):
-            x = layer(x, cos, sin, mask, cache, slots)
+        rotary = rotary_table(positions, self.config)  # the same for all layers
+        for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers), strict=True):
+            # For the backward pass a layer keeps all that it computed, or only its input (Chen et al. 2016, arXiv
+            # 1604.06174) and runs once more when the pass arrives: less memory, for a third more work.
+            run = partial(recomputed, layer, use_reentrant=False) if self.recompute else layer
+            x = run(x, rotary, mask, cache)
         return self.model.norm(x)
 
-    # The loss is the mean of -ln p(next token). Whoever guesses among V tokens pays ln V: ln 49,152 = 10.80 is where
-    # the first step must stand, and a first loss half a nat away from it is the earliest sign of a bug. So is its
-    # opposite, a loss near 0 on text never seen: real text cannot be foreseen like that, so the targets leaked.
-    #
-    # The scores are the largest tensor of the whole training step: 49,152 for each token, 85 times as wide as the
-    # residual stream.
+    def loss(self, hidden, targets):
+        """The mean of -ln p(target), the cross-entropy in nats: hidden (B, T, C), targets (B, T) -> a float32 scalar.
 
-    def nats(self, hidden, targets):
-        """The cross-entropy of all targets together: hidden (B, T, C), targets (B, T) -> a scalar in float32."""
-        logits = self.lm_head(hidden).float()  # (B, T, V); exponentials are summed over V, so in float32
-        return F.cross_entropy(logits.view(-1, logits.size(-1)), targets.reshape(-1), reduction="sum")
-
-    # ---- Generation -------------------------------------------------------------------------------------------------
-    #
-    # A language model writes by asking itself for the next token, again and again. The prompts go through the model at
-    # once and fill the cache; from then on each step feeds one token of each. Prompts of different lengths are set
-    # flush right, so that all go on in the same slot. What stands to the left of a shorter one is never looked at; that
-    # its positions do not begin at 0 makes no difference, since only distances count.
+        A nat is the unit of information with the natural logarithm, 1.44 bits. A guess among V equally likely tokens
+        costs ln V nats, and ln 49,152 = 10.80 is where training has to begin.
+        """
+        logits = self.lm_head(hidden).float()  # (B, T, V), 85 times as wide as the stream; float32, to sum over V
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     @torch.inference_mode()
     def generate(
@@ -428,51 +421,48 @@ class SmolLM2(nn.Module):
     ):
         """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
-        A row that has made eos_token_id goes on yielding it, and when all have, generation ends; None never ends it.
-        The other arguments are those of `choose`. Raises ValueError for an empty prompt, and when prompt and new tokens
-        together pass max_position_embeddings.
+        A row that has produced eos_token_id goes on yielding it, and generation ends when all have; with None it never
+        does. The rest goes to `choose`. Raises ValueError for an empty prompt, and beyond max_position_embeddings.
         """
-        weight, room = self.lm_head.weight, self.config.max_position_embeddings
-        prompts = [torch.as_tensor(row, device=weight.device) for row in input_ids]
-        T = max(len(row) for row in prompts)
+        device = self.lm_head.weight.device
+        prompts, room = [torch.as_tensor(row, device=device) for row in input_ids], self.config.max_position_embeddings
+        B, T = len(prompts), max(len(row) for row in prompts)
+        S = T + max_new_tokens
         if min(len(row) for row in prompts) == 0:
             raise ValueError("the prompt is empty: begin with bos_token_id")
-        if T + max_new_tokens > room:
+        if room < S:
             raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
-        padding = torch.tensor([[T - len(row)] for row in prompts], device=weight.device)  # (B, 1)
-        prompts = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
-
-        # A CPU reads 16-bit weights in half the time, but has to widen 16-bit keys before it can multiply them.
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        shape = (len(prompts), T + max_new_tokens, dtype, weight.device)
-        caches = [KVCache(self.config, *shape) for _ in self.model.layers]
-        tokens, slots = prompts, torch.arange(T, device=weight.device)
+        padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
+        tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
+        slots = torch.arange(T, device=device)  # the slots that the tokens are written to
+        caches = [KVCache(self, B, S, slots) for _ in self.model.layers]
 
         def step():
-            return self.lm_head(self.hidden_states(tokens, caches, slots, padding)[:, -1])  # (B, V)
+            hidden = self.hidden_states(tokens, slots, attention_mask(slots, S, padding), caches)
+            return self.lm_head(hidden[:, -1])  # (B, V)
 
-        logits = step()
-        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token of each, in the same place
-        finished = torch.zeros(len(prompts), dtype=torch.bool, device=weight.device)
+        logits = step()  # the prompts, all tokens at once
+        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token of each row
+        for cache in caches:
+            cache.slots = slots
+        if device.type == "cuda":
+            from plumbing.devices import recorded
+
+            step = recorded(step)
+        finished = torch.zeros(B, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
-            if i == 1 and weight.device.type == "cuda":
-                step = recorded(step)
-            if i:
-                logits = step()
             new = choose(logits, temperature, top_k, top_p, generator)  # (B,)
             if eos_token_id is not None:
                 new = new.masked_fill(finished, eos_token_id)
                 finished |= new == eos_token_id
             yield new
-            if eos_token_id is not None and finished.all():
+            if i + 1 == max_new_tokens or (eos_token_id is not None and finished.all()):
                 return
-            tokens.copy_(new[:, None])
+            tokens.copy_(new[:, None])  # in place: a recorded step reads the same memory again
             slots += 1
+            logits = step()
 
-    # ---- Loading and saving -----------------------------------------------------------------------------------------
-    #
-    # A checkpoint is a folder as the Hugging Face hub has them. Since parameters and settings have their published
-    # names, there is nothing to convert: checkpoint.py only reads, writes, and refuses what is something else.
+    # ---- Loading and saving: a checkpoint is a folder as on the Hugging Face hub, and the names are the published ones
 
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32, device="cpu"):
@@ -480,71 +470,26 @@ class SmolLM2(nn.Module):
 
         Raises ValueError, naming the field or the tensor, for anything that is not a whole model of this architecture.
         """
-        folder = find_checkpoint(name)
-        config = SmolLM2Config.from_pretrained(folder)
+        from plumbing.pretrained import find_model, read_config, read_weights
+
+        folder = find_model(name)
         with torch.device("meta"):  # shapes without memory: the tensors come from the file
-            model = cls(config)
-        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()  # some writers store it all the same
-        model.load_state_dict(read_weights(folder, shapes, tied, dtype, device), strict=False, assign=True)
-        if tied:
-            model.lm_head.weight = model.model.embed_tokens.weight
+            model = cls(read_config(folder, SmolLM2Config))
+        read_weights(folder, model, dtype, device)
         return model
 
     def save_pretrained(self, folder):
-        """Write config.json, generation_config.json and model.safetensors, in the type that the weights have."""
-        dtype = str(self.lm_head.weight.dtype).removeprefix("torch.")
-        derived = {"initializer_range": self.config.initial_std, "head_dim": self.config.head_dim, "torch_dtype": dtype}
-        write_model(folder, dataclasses.asdict(self.config) | derived, dict(self.named_parameters()))
+        """Write config.json, generation_config.json and model.safetensors, in the dtype of the weights."""
+        from plumbing.pretrained import write_model
+
+        write_model(folder, self.config, dict(self.named_parameters()))
 
 
-def recorded(step):
-    """The step as a recording on a GPU: returns a function that runs it again on the same memory.
-
-    A step of the 135M launches hundreds of kernels, each of which takes the GPU less time than Python takes to launch
-    it. A recording is launched as one.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # not recorded: what libraries set up on their first call
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+# ---- Counting: the sums of the comments above, as code --------------------------------------------------------------
 
 
-def choose(logits, temperature, top_k, top_p, generator=None):
-    """Draw the next token: (B, V) -> (B,) int64.
-
-    temperature divides the logits: below 1 the likely get likelier, at 0 the likeliest is taken. top_k keeps the k
-    likeliest tokens (0: all), top_p the likeliest that together hold at least that probability (Holtzman et al. 2019,
-    arXiv 1904.09751); without them, once in a while, one of the thousands of improbable tokens derails the text.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k) each, the likeliest first
-    probabilities = (best.float() / temperature).softmax(-1)  # (B, k)
-    if top_p < 1:
-        superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
-        probabilities = probabilities.masked_fill(superfluous, 0)
-    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
-
-
-# ---- Counting -------------------------------------------------------------------------------------------------------
-#
-# The sums of the comments above, as code: each term with its formula, so that a mistake can be put in and its result
-# be recognised.
-
-
-def parameter_terms(config, mlp_matrices=("gate_proj", "up_proj", "down_proj"), learned_positions=0):
-    """The parameters as two lists of (name, formula, count): those of one layer, and those there are once."""
+def parameter_terms(config):
+    """The parameters as two lists of (name, formula, count): those of one layer, and those outside of the layers."""
     V, C, F, D = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
     layer = [
@@ -552,89 +497,60 @@ def parameter_terms(config, mlp_matrices=("gate_proj", "up_proj", "down_proj"), 
         ("k_proj", f"C x K D    {C} x {K * D}", C * K * D),
         ("v_proj", f"C x K D    {C} x {K * D}", C * K * D),
         ("o_proj", f"H D x C    {H * D} x {C}", H * D * C),
-        *((name, f"C x F      {C} x {F}", C * F) for name in mlp_matrices),
+        ("gate_proj", f"C x F      {C} x {F}", C * F),
+        ("up_proj", f"C x F      {C} x {F}", C * F),
+        ("down_proj", f"F x C      {F} x {C}", F * C),
         ("two norms", f"2 x C      2 x {C}", 2 * C),
     ]
-    once = [
-        ("embedding", f"V x C      {V} x {C}", V * C),
-        ("last norm", f"C          {C}", C),
-        ("head", "tied: 0" if config.tie_word_embeddings else f"C x V      {C} x {V}",
-         0 if config.tie_word_embeddings else C * V),
-    ]  # fmt: skip
-    if learned_positions:
-        once.append(("positions", f"{learned_positions} x C", learned_positions * C))
-    return layer, once
+    tied = config.tie_word_embeddings
+    head = ("head", "the embedding", 0) if tied else ("head", f"C x V      {C} x {V}", C * V)
+    return layer, [("embedding", f"V x C      {V} x {C}", V * C), ("last norm", f"C          {C}", C), head]
 
 
-def count_parameters(config, **mistakes):
-    layer, once = parameter_terms(config, **mistakes)
+def count_parameters(config):
+    layer, once = parameter_terms(config)
     return config.num_hidden_layers * sum(count for *_, count in layer) + sum(count for *_, count in once)
 
 
-def forward_flops(config, T):
-    """Floating-point operations for one token of a text of length T: (those of the matrices, those of attention).
+def training_flops(config, T):
+    """Floating-point operations to train on one token of a sequence of length T: 6 N + 6 L C T.
 
-    Each parameter of a matrix multiplies once and adds once (Kaplan et al. 2020, arXiv 2001.08361, section 2.1);
-    looking up an embedding is free, but the head costs its whole matrix. Attention takes a product of width C with each
-    earlier key, T / 2 of them on average, and one with each value: 2 x 2 x C x T / 2 in each layer.
+    Forward, each parameter of a matrix multiplies once and adds once, 2 N (Kaplan et al. 2020, arXiv 2001.08361,
+    section 2.1); looking up an embedding is free. Attention multiplies with T / 2 earlier keys on average, and with as
+    many values: 2 x 2 x C x T / 2 in each layer. This counts causal attention by half; who counts the whole T x T
+    square has 12 L C T. The backward pass costs twice the forward pass.
     """
     free = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 2 * (count_parameters(config) - free), 2 * config.num_hidden_layers * config.hidden_size * T
-
-
-def training_flops(config, T):
-    """Floating-point operations for training on one token: the backward pass costs twice the forward pass."""
-    return 3 * sum(forward_flops(config, T))
-
-
-def cache_numbers(config):
-    """Numbers that the key/value cache holds for each token."""
-    return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    return 6 * (count_parameters(config) - free) + 6 * config.num_hidden_layers * config.hidden_size * T
 
 
 def report(size):
     """Print the parameter count of one of the sizes, term by term, and what follows from it."""
     config = getattr(SmolLM2Config, f"smollm2_{size.replace('.', '_')}")()
     layer, once = parameter_terms(config)
-    L, N = config.num_hidden_layers, count_parameters(config)
+    L, C, N = config.num_hidden_layers, config.hidden_size, count_parameters(config)
     per_layer = sum(count for *_, count in layer)
     with torch.device("meta"):
         module = SmolLM2(config)
 
-    def line(name, formula, value, unit=""):
-        print(f"  {name:<40}{formula:<26}{value:>17,}{unit}")
+    def line(name, formula, value):
+        print(f"  {name:<40}{formula:<26}{value:>17,}")
 
     print(f"SmolLM2 {size}\n\nA layer")
-    for term in layer:
+    for term in (*layer, ("together", "", per_layer)):
         line(*term)
-    line("together", "", per_layer)
     print("\nThe model")
-    line(f"{L} layers", f"{L} x {per_layer:,}", L * per_layer)
-    for term in once:
+    for term in ((f"{L} layers", f"{L} x {per_layer:,}", L * per_layer), *once, ("parameters", "the sum", N)):
         line(*term)
-    line("parameters", "the sum", N)
     line("", "PyTorch counts", sum(parameter.numel() for parameter in module.parameters()))
-
-    print("\nOperations for one token (attention reads T / 2 tokens on average)")
+    print("\nOperations to train on a token")
     for T in (512, 2048, 8192):
-        matrices, attention = forward_flops(config, T)
-        share = f"{attention / (matrices + attention):.0%} in attention"
-        line(f"forward,  T = {T}", "2 N + 2 L C T", matrices + attention, f"   {share}")
-        line(f"training, T = {T}", "three times that", training_flops(config, T))
-
-    print("\nMemory in bytes")
-    line("weights in float32", "4 N", 4 * N)
-    line("gradients", "4 N", 4 * N)
-    line("AdamW, two moments", "8 N", 8 * N)
-    line("weights in bfloat16, to generate", "2 N", 2 * N)
-    line("key/value cache, a token in bfloat16", "2 x 2 L K D", 2 * cache_numbers(config))
-
+        line(f"in a sequence of {T}", "6 N + 6 L C T", training_flops(config, T))
     if size == "135m":
-        full_width = dataclasses.replace(config, num_key_value_heads=config.num_attention_heads)
-        two_matrices = count_parameters(full_width, mlp_matrices=("up_proj", "down_proj"))
-        print("\nThe same sum with the mistakes of others")
-        line("K and V as wide as Q, two MLP matrices", "", two_matrices)
-        line("a learned table of 1024 positions", "", count_parameters(config, learned_positions=1024))
+        print("\nCounts that come from a mistake")
+        wide = dataclasses.replace(config, num_key_value_heads=config.num_attention_heads)
+        line("K and V as wide as Q, two MLP matrices", "", count_parameters(wide) - L * C * config.intermediate_size)
+        line("a learned table of 1024 positions", "", N + 1024 * C)
 
 
 if __name__ == "__main__":

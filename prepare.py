@@ -10,13 +10,12 @@ Each parquet or jsonl file of the corpus becomes a shard; text files, or the doc
     train-00000.bin   val-00000.bin      the tokens, little-endian uint16, and nothing else
     shard-00000.json                     where they come from and how many they are; written last
 
-A document is its tokens and then <|endoftext|>, so a model learns where texts begin and end. Files are written under
-another name and renamed when whole, and a shard counts once its json is there: whatever is interrupted can be started
-again, and several machines can prepare different shards into one folder.
+Each document is followed by <|endoftext|>, so that a model learns where texts begin and end. Files are written under
+another name and renamed when whole, and a shard counts once its json is there. So preparing can be interrupted and
+repeated, and several machines can prepare different shards into one folder.
 """
 
 import hashlib
-import json
 import os
 import queue
 import re
@@ -29,7 +28,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.settings import load_settings
+from plumbing.bins import SPLITS, check_made_alike, shard_path, write_shard_json, write_whole
+from plumbing.settings import Count, Fraction, load_settings
 from plumbing.sources import documents, hub_errors, list_files
 
 import numpy as np
@@ -45,10 +45,10 @@ class Settings:
     source: str = "HuggingFaceTB/smollm-corpus/cosmopedia-v2"  # dataset/folder on the hub, python-docs, path or glob
     shards: str | None = None  # which of the source's files: 0 or 0-3 or 0,7; unset: 0 of the hub's, all local ones
     revision: str | None = None  # branch, tag or commit of the dataset on the hub
-    max_documents: int | None = None  # stop after so many documents of each file
+    max_documents: Count | None = None  # stop after so many documents of each file
     tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # hub id, path of a tokenizer.json, or train:4096 to train one
-    val_fraction: float = 0.005  # share of the documents kept for evaluation
-    num_proc: int = os.cpu_count() or 1  # cores to tokenize on
+    val_fraction: Fraction = 0.005  # share of the documents kept for evaluation
+    num_proc: Count = os.cpu_count() or 1  # cores to tokenize on
 
 
 END_OF_TEXT = "<|endoftext|>"
@@ -80,16 +80,18 @@ def get_tokenizer(settings, files):
     except Exception as error:  # the library has no type of its own for this
         sys.exit(f"--tokenizer={settings.tokenizer} is not a tokenizer.json: {error}")
     if tokenizer.get_vocab_size() > 65_536:
-        sys.exit(f"--tokenizer={settings.tokenizer} has {tokenizer.get_vocab_size():,} tokens; bins hold 16-bit "
-                 "numbers, so 65,536 at most.")  # fmt: skip
+        sys.exit(
+            f"--tokenizer={settings.tokenizer} has {tokenizer.get_vocab_size():,} tokens; bins hold 16-bit numbers, so "
+            "65,536 at most."
+        )
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         sys.exit(f"--tokenizer={settings.tokenizer} has no {END_OF_TEXT} to set between documents.")
     if not here.exists():
         write_whole(here, wanted)
     if here.read_bytes() != wanted:
         sys.exit(f"{here} is another tokenizer than --tokenizer={settings.tokenizer}; take another --data_dir.")
-    # Text is not to be trusted: a document that says <|endoftext|> gets those letters, not the token, and nobody can
-    # end a document, or open a chat turn, by writing so in a web page.
+    # Text cannot be trusted: a document that says <|endoftext|> gets those letters, not the token, so that no web page
+    # can end a document or open a turn of a chat.
     tokenizer.encode_special_tokens = True
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -97,8 +99,7 @@ def get_tokenizer(settings, files):
 
 
 def train_tokenizer(settings, files):
-    """A byte-level BPE by SmolLM2's recipe: digits stand alone, no space is added in front, special tokens come
-    first."""
+    """A byte-level BPE by SmolLM2's recipe: single digits, no space added in front, special tokens first."""
     size = settings.tokenizer.removeprefix("train:")
     least = len(SPECIAL_TOKENS) + 256
     if not size.isdecimal() or not least <= int(size) <= 65_536:
@@ -125,8 +126,8 @@ def train_tokenizer(settings, files):
 
 
 def for_evaluation(text, val_fraction):
-    """Whether a document is kept from training: by its text alone, so that no choice of files, machine or order changes
-    it, and a document that comes twice stands on one side both times."""
+    """Whether a document is kept for evaluation: a function of its text alone, so that no choice of files, machine or
+    order changes it, and duplicates are on the same side."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
@@ -135,8 +136,8 @@ WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a space between two le
 
 
 def pieces(texts, val_fraction, size=500_000):
-    """(split, piece of a text, whether the text ends with it): memory shall not depend on how long a text is, so a huge
-    one is cut, and only between two words, where the tokenizer separates it too: the tokens are the same."""
+    """(split, piece of a text, whether the text ends with it). A huge text is cut, so that memory does not depend on
+    its length, and only between two words, where the tokenizer separates it too: the tokens are the same."""
     for text in texts:
         split, start = "val" if for_evaluation(text, val_fraction) else "train", 0
         while space := WORD_BREAK.search(text, start + size):
@@ -146,7 +147,7 @@ def pieces(texts, val_fraction, size=500_000):
 
 
 def batches(pieces, size=2_000_000):
-    """Lists of pieces, of about so many characters together."""
+    """Lists of pieces that have about so many characters together."""
     batch, characters = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -159,8 +160,8 @@ def batches(pieces, size=2_000_000):
 
 
 def tokenize(tokenizer, batches, at_once=3):
-    """Each batch with the tokens of its pieces, as uint16. The library spreads a batch over the cores; several at once
-    keep them busy while the last pieces of one are done."""
+    """Yield each batch with the tokens of its pieces, as uint16. The library spreads a batch over the cores; several
+    batches at once keep them busy while the last pieces of one are done."""
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
 
     def work(batch):
@@ -200,18 +201,17 @@ def ahead(iterable, by=2):
         yield item
 
 
-# ---- What guessing costs --------------------------------------------------------------------------------------------
+# ---- Baselines ------------------------------------------------------------------------------------------------------
 
 
-def guessing_losses(train, val, prior=100):
-    """What the tokens of val, or the first four million, cost in nats each for two who know only the counts of train.
+def baselines(train, val, prior=100):
+    """The cross-entropy, in nats a token, of two models that only count: what val, or its first four million tokens,
+    costs who knows the counts of train.
 
-    unigram_loss guesses by how often each token came (once more than it did, for those that never came), bigram_loss by
-    what came after the token before. Pairs are many and most are rare, so their counts are mixed with the frequencies,
-    as if each token had been followed by `prior` more tokens, drawn by frequency (MacKay & Peto 1995, "A hierarchical
-    Dirichlet language model").
-
-    A model that learns passes the first, then the second: the marks between which val_loss stands.
+    unigram_loss predicts each token by its frequency (plus one, for those that never came). bigram_loss predicts it
+    from the token before. Most pairs are rare, so their counts are mixed with the frequencies, as if each token had
+    been followed by `prior` more tokens drawn by frequency (MacKay & Peto 1995, "A hierarchical Dirichlet language
+    model"). A model that learns passes the first, then the second.
     """
     val = val[: 2**22]
     if len(val) < 2:
@@ -237,24 +237,16 @@ def as_pairs(tokens):
 # ---- Shards ---------------------------------------------------------------------------------------------------------
 
 
-def write_whole(path, content):
-    """Write a file so that it is there whole or not at all."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    with open(temporary, "xb") as file:
-        file.write(content)
-    os.replace(temporary, path)
-
-
-def write_shard(index, file, tokenizer, record, settings):
-    """Tokenize one file into the bins of a shard, and then say in its json what it is."""
+def write_shard(index, file, tokenizer, origin, settings):
+    """Tokenize one file into the bins of a shard, and then say in its json what it is. origin is what made it."""
     folder = Path(settings.data_dir)
     for leftover in folder.glob(f"*-{index:05d}.bin.*.tmp"):
         leftover.unlink()
-    temporary = {split: folder / f"{split}-{index:05d}.bin.{secrets.token_hex(4)}.tmp" for split in ("train", "val")}
-    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in temporary}
-    hashes = {split: hashlib.sha256() for split in temporary}
+    temporary = {split: folder / f"{split}-{index:05d}.bin.{secrets.token_hex(4)}.tmp" for split in SPLITS}
+    counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
+    hashes = {split: hashlib.sha256() for split in SPLITS}
     texts, start = documents(file, settings.max_documents), time.monotonic()
-    bar = tqdm(desc=f"shard {index:05d}", unit=" documents", disable=None)  # silent when nobody watches a terminal
+    bar = tqdm(desc=f"shard {index:05d}", unit=" documents", disable=None)  # silent when no terminal shows it
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
             bins = {"train": train, "val": val}
@@ -271,19 +263,19 @@ def write_shard(index, file, tokenizer, record, settings):
         if not counts["train"]["tokens"]:
             sys.exit(f"{file.name} has no text to train on.")
         if counts["val"]["tokens"]:
-            counts["val"] |= guessing_losses(*(np.memmap(temporary[split], "<u2", "r") for split in temporary))
-        for split in temporary:
+            counts["val"] |= baselines(*(np.memmap(temporary[split], "<u2", "r") for split in SPLITS))
+        for split in SPLITS:
             os.replace(temporary[split], folder / f"{split}-{index:05d}.bin")
             counts[split]["sha256"] = hashes[split].hexdigest()
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
-    write_whole(folder / f"shard-{index:05d}.json", (json.dumps(record | counts, indent=2) + "\n").encode())
+    write_shard_json(shard_path(folder, index), origin | counts)
     for split, count in counts.items():
         print(f"shard {index:05d} {split}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
     if "bigram_loss" in counts["val"]:
         unigram, bigram = counts["val"]["unigram_loss"], counts["val"]["bigram_loss"]
-        print(f"a guess costs {unigram:.2f} nats a token by frequency, {bigram:.2f} by the token before", flush=True)
+        print(f"baselines, in nats a token: {unigram:.2f} by frequency, {bigram:.2f} by the token before", flush=True)
     if not counts["val"]["tokens"]:
         print("no document was kept to evaluate on, and train.py needs some: raise --val_fraction", flush=True)
 
@@ -303,16 +295,12 @@ def chosen(shards, number_of_files):
 
 def main(settings):
     os.environ |= {"RAYON_NUM_THREADS": str(settings.num_proc), "TOKENIZERS_PARALLELISM": "true"}
-    if not 0 <= settings.val_fraction < 1:
-        sys.exit(f"--val_fraction={settings.val_fraction} must be at least 0 and below 1.")
-    if settings.num_proc < 1 or (settings.max_documents or 1) < 1:
-        sys.exit("--num_proc and --max_documents must be at least 1.")
     files, default = list_files(settings.source, settings.revision)
     shards = chosen(settings.shards or default, len(files))
     os.makedirs(settings.data_dir, exist_ok=True)
     tokenizer, tokenizer_sha256 = get_tokenizer(settings, [files[index] for index in shards])
     for index in shards:
-        record = {
+        origin = {
             "source": settings.source,
             "file": files[index].name,
             "revision": files[index].revision,
@@ -322,30 +310,20 @@ def main(settings):
             "tokenizer_sha256": tokenizer_sha256,
             "vocab_size": tokenizer.get_vocab_size(),
         }
-        path = Path(settings.data_dir) / f"shard-{index:05d}.json"
-        if not path.exists():
-            try:
-                write_shard(index, files[index], tokenizer, record, settings)
-            except OSError as error:
-                sys.exit(
-                    f"shard {index:05d} could not be written: {error.strerror or error}; what was begun is removed."
-                )
+        path = shard_path(settings.data_dir, index)
+        if path.exists():
+            check_made_alike(path, origin)
+            print(f"shard {index:05d} is there already", flush=True)
             continue
         try:
-            made = dict(json.loads(path.read_bytes()))
-        except (ValueError, TypeError):
-            sys.exit(f"{path} is damaged; remove it to make the shard again.")
-        for name in record:
-            if name == "tokenizer" and not settings.tokenizer.startswith("train:"):
-                continue  # its sha256 says more than its name
-            if made.get(name) != record[name]:
-                sys.exit(f"{path} was made with {name} = {made.get(name)}, and now it is {record[name]}; take another "
-                         "--data_dir, or remove that file to make the shard again.")  # fmt: skip
-        print(f"shard {index:05d} is there already", flush=True)
+            write_shard(index, files[index], tokenizer, origin, settings)
+        except OSError as error:
+            reason = error.strerror or error
+            sys.exit(f"shard {index:05d} could not be written: {reason}; what was begun is removed.")
 
 
 if __name__ == "__main__":
     try:
         main(load_settings("prepare", Settings))
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on with the shards that are missing")
+        sys.exit("stopped; the same command continues with the shards that are missing")

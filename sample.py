@@ -1,10 +1,10 @@
-"""Let a model write: text from a checkpoint, to the terminal, as it is made.
+"""Text from a checkpoint, printed as it is generated.
 
     python sample.py --model=out/tiny --prompt="Parameters"
     python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt=FILE:opening.txt --num_samples=3
     python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True
 
-Nothing but the text is printed, so that `> story.txt` keeps it.
+Nothing but the text goes to standard output, so `> story.txt` keeps it.
 """
 
 import contextlib
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from plumbing import devices
-from plumbing.checkpoint import find_checkpoint, read_json
-from plumbing.settings import load_settings
+from plumbing.devices import lacks_compiler, sampling_dtype, set_up_device
+from plumbing.pretrained import find_model, read_json
+from plumbing.settings import Count, Natural, NotNegative, Probability, load_settings
 
 import torch
 from tokenizers import Tokenizer
@@ -27,48 +27,36 @@ from model import SmolLM2
 
 @dataclass
 class Settings:
-    """Let a model continue a prompt."""
+    """Continue a prompt."""
 
     model: str = "out/smollm2"  # out_dir of a run, a checkpoint folder, or a hub id
     prompt: str = "Once upon a time"  # text to continue, or FILE:path of one; empty: begin a document
-    num_samples: int = 1  # continuations, one after the other
-    max_new_tokens: int = 256  # longest continuation
-    temperature: float = 0.8  # below 1 likelier text, above 1 wilder, 0 always the likeliest token
-    top_k: int = 40  # choose among the k likeliest tokens; 0: among all
-    top_p: float = 1.0  # choose among the likeliest tokens that together have this probability
-    seed: int = 0  # the same seed gives the same text
-    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
+    num_samples: Count = 1  # continuations, one after the other
+    max_new_tokens: Count = 256  # longest continuation
+    temperature: NotNegative = 0.8  # below 1 likelier text, above 1 wilder, 0 always the likeliest token
+    top_k: Natural = 40  # choose among the k likeliest tokens; 0: among all
+    top_p: Probability = 1.0  # choose among the likeliest tokens that together have this probability
+    seed: Natural = 0  # the same seed gives the same text
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest to read
-    compile: bool = False  # fuse the layers first: takes a while, which long texts repay
-    chat: bool = False  # a conversation in place of the prompt, with a model that was taught to have one
-
-
-def choose_dtype(name, device):
-    """The type of a name, or for auto the one whose weights are read fastest, for that is what each token waits for.
-
-    On a GPU it is the one of training. A CPU reads half the bytes in float16, and reads bfloat16 more slowly: PyTorch's
-    products of a matrix and one row are made for the other. Without AVX2, float16 is emulated, and slower than either.
-    """
-    if name != "auto" or device.type == "cuda":
-        return devices.choose_dtype(name, device)
-    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
-    return torch.float32 if slow else torch.float16
+    compile: bool = False  # torch.compile the layers first: takes a while, and pays for long texts
+    chat: bool = False  # a conversation instead of the prompt, for models that were trained to have one
 
 
 def load(settings):
     """The model, its tokenizer, and the folder they are from; exits with one sentence if that cannot be."""
-    device = devices.choose_device(settings.device)
+    device = set_up_device(settings.device)
     try:
-        folder = find_checkpoint(settings.model)
-        model = SmolLM2.from_pretrained(folder, choose_dtype(settings.dtype, device), device)
+        folder = find_model(settings.model)
+        model = SmolLM2.from_pretrained(folder, sampling_dtype(settings.dtype, device), device)
     except ValueError as error:
         sys.exit(str(error))
     try:
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     except Exception as error:  # the library has no type of its own for this
         sys.exit(f"{folder} has no readable tokenizer.json: {error}")
-    if settings.compile and (reason := devices.lacks_compiler(device)):
-        print(f"writing without torch.compile: {reason}", file=sys.stderr)
+    if settings.compile and (reason := lacks_compiler(device)):
+        print(f"generating without torch.compile: {reason}", file=sys.stderr)
     elif settings.compile:
         for layer in model.model.layers:
             layer.compile()
@@ -79,34 +67,26 @@ def stream(model, tokenizer, ids, settings, generator):
     """Yield the continuation of a prompt, given as ids, in pieces of whole characters.
 
     A character may be split over several tokens: the decoder holds its first bytes back until the last has come.
-    Special tokens are not shown. Raises ValueError if prompt and continuation pass the model's positions.
+    Special tokens are not shown. Raises ValueError if prompt and continuation exceed the model's positions.
     """
     ids = ids or [model.config.bos_token_id]  # an empty prompt begins a document
+    options = dict(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, generator=generator)
     decoder = DecodeStream(ids, skip_special_tokens=True)
-    tokens = model.generate(
-        torch.tensor([ids], device=generator.device),
-        settings.max_new_tokens,
-        settings.temperature,
-        settings.top_k,
-        settings.top_p,
-        model.config.eos_token_id,
-        generator,
-    )
-    for token in tokens:
+    for token in model.generate([ids], settings.max_new_tokens, eos_token_id=model.config.eos_token_id, **options):
         yield decoder.step(tokenizer, token.item()) or ""
 
 
 # ---- Conversations --------------------------------------------------------------------------------------------------
 #
-# A model that chats still does nothing but continue a text. The text is the conversation so far, written as the model
-# was taught to read it, up to where its answer belongs; the token with which it ends the answer is its eos_token_id.
+# A model that chats continues a text, like any other. The text is the conversation so far, in the format that the model
+# was trained on, up to where its answer belongs; the token with which it ends the answer is its eos_token_id.
 
 
 def chat_template(folder):
     """How a model wants conversations written, a function: [{"role": "user", "content": "Hello"}, ...] -> prompt.
 
-    It is a Jinja program in the checkpoint, and may be anybody's: it runs in a sandbox. None where there is none; exits
-    with one sentence for one that is damaged.
+    It is a Jinja program in the checkpoint, which can come from anyone, so it runs in a sandbox. None where there is
+    none; exits with one sentence for one that is damaged.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -133,7 +113,7 @@ def chat_template(folder):
 
 
 def answer(model, tokenizer, template, messages, settings, generator):
-    """Yield the answer to the last of the messages in pieces, as stream does. What is too long for the model's
+    """Yield the answer to the last of the messages in pieces, as stream does. A conversation too long for the model's
     positions loses its beginning, a question and its answer at a time."""
     room = model.config.max_position_embeddings - settings.max_new_tokens
     ids = tokenizer.encode(template(messages), add_special_tokens=False).ids
@@ -144,8 +124,8 @@ def answer(model, tokenizer, template, messages, settings, generator):
 
 
 def chat(model, tokenizer, template, settings, generator):
-    """A conversation in the terminal. Ctrl-C ends an answer, and at the prompt, like Ctrl-D, the conversation."""
-    with contextlib.suppress(ImportError):  # lets the arrow keys work in input()
+    """A conversation in the terminal. Ctrl-C ends an answer; at the prompt it ends the conversation, as Ctrl-D does."""
+    with contextlib.suppress(ImportError):  # with it, the arrow keys work in input()
         import readline  # noqa: F401
     messages = []
     while True:
@@ -170,21 +150,7 @@ def chat(model, tokenizer, template, settings, generator):
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 
-def check_settings(settings):
-    for name, fits, wanted in (
-        ("num_samples", settings.num_samples >= 1, "at least 1"),
-        ("max_new_tokens", settings.max_new_tokens >= 1, "at least 1"),
-        ("seed", 0 <= settings.seed < 2**63, "0 or above"),
-        ("temperature", settings.temperature >= 0, "0 or above"),
-        ("top_k", settings.top_k >= 0, "0 or above"),
-        ("top_p", 0 < settings.top_p <= 1, "above 0 and at most 1"),
-    ):
-        if not fits:
-            sys.exit(f"--{name}={getattr(settings, name)} must be {wanted}.")
-
-
 def main(settings):
-    check_settings(settings)
     prompt = settings.prompt
     if prompt.startswith("FILE:"):
         try:
@@ -196,8 +162,10 @@ def main(settings):
     if settings.chat:
         template = chat_template(folder)
         if not template:
-            sys.exit(f"--model={settings.model} has no chat template, it only continues texts; HuggingFaceTB/"
-                     "SmolLM2-135M-Instruct has one, or leave out --chat=True.")  # fmt: skip
+            sys.exit(
+                f"--model={settings.model} has no chat template, it only continues texts; "
+                "HuggingFaceTB/SmolLM2-135M-Instruct has one, or leave out --chat=True."
+            )
         return chat(model, tokenizer, template, settings, generator)
     try:
         for number in range(settings.num_samples):
@@ -208,7 +176,7 @@ def main(settings):
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-    except ValueError as error:  # prompt and continuation are longer than the model's positions
+    except ValueError as error:  # prompt and continuation exceed the model's positions
         sys.exit(str(error))
     except KeyboardInterrupt:
         print()

@@ -1,8 +1,8 @@
 """The full SmolLM2-135M on one batch of 256 tokens, again and again, until it knows them by heart.
 
-The first thing to run after any change to model or loop: whatever is broken, a gradient that does not arrive, a mask, a
-rate, shows here in minutes, as a loss that does not fall from 10.8 to almost 0. What it learned is worth nothing:
-val_loss rises meanwhile, which is what the word overfitting means.
+The first thing to run after a change to model or loop: a gradient that does not arrive, a wrong scale or rate, a state
+that is not updated show in minutes, as a loss that does not fall from 10.8 to almost 0. What it learns is worth
+nothing: val_loss rises meanwhile, which is what overfitting means.
 """
 
 data_dir = "data/python-docs"
@@ -22,12 +22,10 @@ train = dict(
     warmup_steps=10,
     decay_steps=20,
     weight_decay=0.0,
-    log_interval=10,
     eval_interval=50,
     eval_tokens=2048,
-    save_interval=100,
     sample_interval=0,
-    model=dict(vocab_size=49_152, max_position_embeddings=2048, rope_theta=10_000),  # more tokens than the data has
+    model=dict(vocab_size=49_152),  # more tokens than the data has
 )
 
 sample = dict(model=out_dir)

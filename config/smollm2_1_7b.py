@@ -1,40 +1,27 @@
 """SmolLM2-1.7B by its published recipe, on the first file of cosmopedia-v2.
 
 The original saw 11 T tokens: 5,240,000 steps of 2,097,152 (256 GPUs x 4 windows x 2048 tokens), 2000 of them warmup,
-the last 524,000 the linear decay to 0. Here as many as make four passes over the 270 M tokens of one file.
+the last 524,000 the linear decay to 0. Here it makes four passes over the 270 M tokens of one file.
 """
 
-data_dir = "data/cosmopedia-v2"
 out_dir = "out/smollm2-1.7b"
 
-prepare = dict(
-    data_dir=data_dir,
-    source="HuggingFaceTB/smollm-corpus/cosmopedia-v2",
-    shards="0",
-    tokenizer="HuggingFaceTB/cosmo2-tokenizer",
-)
+prepare = dict()
 
 train = dict(
-    data_dir=data_dir,
     out_dir=out_dir,
-    seq_len=2048,
     micro_batch=4,
     batch_tokens=2_097_152,
     max_steps=500,
-    optimizer="adamw",
     learning_rate=5e-4,
     warmup_steps=50,
     decay_steps=50,
-    weight_decay=0.01,
-    grad_clip=1.0,
     model=dict(
         hidden_size=2048,
         intermediate_size=8192,
         num_hidden_layers=24,
         num_attention_heads=32,
         num_key_value_heads=32,
-        max_position_embeddings=2048,
-        rope_theta=10_000,
         initializer_range=0.02,
     ),
 )

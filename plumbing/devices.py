@@ -1,38 +1,36 @@
-"""What the machine has to compute with, and what it is good at."""
+"""Device, dtype, compiler; ranks and signals.
+
+A rank is one of several processes that train together, each on a device of its own.
+"""
 
 import contextlib
 import ctypes
+import datetime
 import os
 import re
 import shutil
+import signal
 import sys
 import sysconfig
 
 import torch
+import torch.distributed as dist
+from tqdm import tqdm
 
-# Dense 16-bit matrix products with 32-bit sums, in operations a second, from the makers' data sheets: what MFU is a
-# fraction of. A name counts for the devices that have all its words; of several, the first.
-PEAK_FLOPS = {
-    "B200": 2250e12, "GH200": 989e12, "H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12,
-    "H100": 989e12, "A100": 312e12, "A10G": 70e12, "A10": 125e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12,
-    "V100": 125e12, "T4": 65e12, "RTX 5090": 210e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+# ---- Device ---------------------------------------------------------------------------------------------------------
+
+# Dense 16-bit matrix products with 32-bit sums, in teraflops, from the makers' data sheets. A name stands for the
+# devices that have all its words; of several names, the first.
+PEAKS = """
+    B200 2250,  GH200 989,  H200 NVL 835,  H200 989,  H100 NVL 835,  H100 PCIe 756,  H100 989,  A100 312,  A10G 70,
+    A10 125,  L40S 362,  L40 181,  L4 121,  V100 125,  T4 65,  RTX 5090 210,  RTX 4090 165,  RTX 3090 71
+"""
 VARIANTS = {"Laptop", "Max", "Ti", "D", "MIG"}  # words that make it another device, or a part of one
 
 
-def peak_flops(device):
-    """The peak of a device that PEAK_FLOPS knows, else None."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-
-
-def peak_of(name):
-    words = set(re.findall(r"\w+", name))
-    known = (flops for known, flops in PEAK_FLOPS.items() if set(known.split()) <= words)
-    return None if words & VARIANTS else next(known, None)
-
-
-def choose_device(name, local_rank=0):
-    """The device of a name, or for auto the best there is; exits with one sentence if it cannot be used."""
+def set_up_device(name, local_rank=0):
+    """The device of a name, ready for training; for auto the best there is. Exits with one sentence if it cannot be
+    used."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -40,12 +38,47 @@ def choose_device(name, local_rank=0):
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:  # no such device; a PyTorch without CUDA
         sys.exit(f"--device={name} cannot be used here: {str(error).splitlines()[0]}")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    elif device.type == "cpu":
+        keep_freed_memory()
     return device
 
 
-def choose_dtype(name, device):
-    """The type of the matrix products in training. auto: bfloat16 where the hardware multiplies it, float16 on older
-    NVIDIA GPUs, else float32. Exits with one sentence for a type that the device lacks."""
+def keep_freed_memory():
+    """Make glibc reuse large blocks. It would return them to the system and ask for new ones, whose pages have to be
+    cleared: a tenth of a step of the 135M."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+
+
+def peak_flops(device):
+    """Operations a second that a device reaches at most, of which MFU is a fraction; None where it is not known."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def peak_of(name):
+    words = set(re.findall(r"\w+", name))
+    for *known, teraflops in map(str.split, PEAKS.split(",")):
+        if set(known) <= words and not words & VARIANTS:
+            return float(teraflops) * 1e12
+    return None
+
+
+def to_device(tensor, device):
+    """From pinned memory, a copy to a GPU goes on while the GPU computes."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+# ---- Dtype ----------------------------------------------------------------------------------------------------------
+
+
+def training_dtype(name, device):
+    """The dtype of the matrix products in training. auto: bfloat16 where the hardware multiplies it, float16 on older
+    NVIDIA GPUs, else float32. Exits with one sentence for a dtype that the device lacks."""
     if name != "auto":
         dtype = getattr(torch, name)
         try:
@@ -61,8 +94,23 @@ def choose_dtype(name, device):
     return torch.float32
 
 
+def sampling_dtype(name, device):
+    """The dtype of the weights in generation. auto: the one that is read fastest, since each token reads all weights.
+
+    On a GPU it is that of training. A CPU reads float16 at full speed and bfloat16 more slowly, for PyTorch's products
+    of a matrix and one row are made for float16. Without AVX2, float16 is emulated and slower than float32.
+    """
+    if name != "auto" or device.type == "cuda":
+        return training_dtype(name, device)
+    slow = device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "DEFAULT"
+    return torch.float32 if slow else torch.float16
+
+
+# ---- Compiler -------------------------------------------------------------------------------------------------------
+
+
 def lacks_compiler(device):
-    """Why torch.compile cannot work here, in words, or None. What it generates for a CPU is C++, for a GPU Triton with a
+    """Why torch.compile cannot work here, in words, or None. It generates C++ for a CPU, and for a GPU Triton with a
     launcher in C; both are compiled against Python's headers."""
     if device.type == "cuda":
         compilers = [os.environ.get("CC"), "gcc", "clang"]
@@ -77,10 +125,74 @@ def lacks_compiler(device):
     return None
 
 
-def keep_freed_memory():
-    """On a CPU with glibc, reuse large blocks. It would hand them back to the system and ask for new ones, whose pages
-    have to be cleared: a tenth of a step of the 135M."""
-    with contextlib.suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block outside the heap
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
+def recorded(step):
+    """A CUDA graph of a step: a function that runs it again on the same memory.
+
+    A step of generation launches hundreds of kernels, and Python takes longer to launch one than the GPU to run it. A
+    graph is launched as a whole.
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # not recorded: what libraries set up on their first call
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+
+    def replay():
+        graph.replay()
+        return result
+
+    return replay
+
+
+# ---- Ranks and signals ----------------------------------------------------------------------------------------------
+
+
+class Ranks:
+    """The processes that train together. torchrun starts them and tells each its rank; alone, one is rank 0 of 1."""
+
+    def __init__(self):
+        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+        self.size = int(os.environ.get("WORLD_SIZE", 1))
+
+    def join(self, device, timeout):
+        """Meet the others; whoever waits longer than timeout seconds for them takes them for dead, and ends the job."""
+        if self.size > 1:
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
+
+    def sum(self, tensor):
+        """Add up a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def leave(self):
+        if self.size > 1:
+            dist.barrier()  # rank 0 may still be saving; and a rank that left in haste could trip over its own threads
+            dist.destroy_process_group()
+
+    def say(self, text):
+        """Print once, not once a rank."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def progress(self, items, doing):
+        """The items, with a bar where they take more than a second and a person watches a terminal."""
+        return tqdm(items, doing, leave=False, delay=1, disable=None if self.rank == 0 else True)
+
+
+class StopSignal:
+    """Ctrl-C, and a scheduler's SIGTERM, let a step end and be saved: asked becomes True. The second stops at once."""
+
+    def __init__(self, say):
+        self.asked, self.say = False, say
+        signal.signal(signal.SIGINT, self.ask)
+        signal.signal(signal.SIGTERM, self.ask)
+
+    def ask(self, number, frame):
+        self.asked = True
+        self.say("stopping after this step, to save it; ask again to stop at once")
+        signal.signal(number, signal.SIG_DFL)

@@ -1,44 +1,66 @@
-"""Settings of a script: its dataclass, changed by a file of config/, changed by the command line.
+"""Settings: a dataclass of defaults, changed by a recipe, changed by the command line.
 
     python train.py config/tiny.py --learning_rate=1e-3 --model.num_hidden_layers=4
 
-A recipe is a Python file in config/. It holds a section for each script, as `train = dict(learning_rate=1e-3, ...)`.
-Its values become arguments in front of those of the command line, and of two the later holds: so both are read, typed
-and refused by the same parser, and nothing else decides what wins.
+A recipe is a Python file with a section for each script, such as train = dict(learning_rate=1e-3, model=dict(...)). Its
+values are put before the arguments of the command line, and the last one counts. So both are parsed, typed and refused
+by one parser.
 """
 
 import difflib
+import math
 import os
 import runpy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, get_args, get_type_hints
 
 import tyro
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What a setting must be, beyond its type."""
+
+    words: str
+    holds: Callable
+
+
+Count = Annotated[int, Bound("at least 1", lambda value: value >= 1)]
+Natural = Annotated[int, Bound("0 or above", lambda value: 0 <= value < 2**63)]
+Positive = Annotated[float, Bound("a number above 0", lambda value: 0 < value < math.inf)]
+NotNegative = Annotated[float, Bound("a number of 0 or above", lambda value: 0 <= value < math.inf)]
+Probability = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < value <= 1)]
+Fraction = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
+
+
 def load_settings(section, cls, argv=None):
-    """The dataclass cls from the section of a file and the command line; exits with one sentence if they do not fit."""
+    """The dataclass cls from the section of a recipe and the command line; exits with one sentence for bad input."""
     for stream in (sys.stdout, sys.stderr):  # a console need not have every character that a model writes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     args = list(sys.argv[1:] if argv is None else argv)
     if files := [arg for arg in args if not arg.startswith("-")]:
         args.remove(files[0])
-        args = file_arguments(files[0], section) + args
-    known = argument_names(cls())
+        args = recipe_arguments(files[0], section) + args
+    known = [f"--{name}" for name, _ in flatten(vars(cls()))]
     for arg in args:
         name = arg.split("=")[0]
         if name not in known and name not in ("-h", "--help"):
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
             hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
-            sys.exit(f"{arg!r} is not a setting of {section}.py, as --name=value; {hint}")
+            sys.exit(f"{arg!r} is not a setting of {section}, as --name=value; {hint}")
     about = sys.modules[cls.__module__].__doc__  # the script's own: what it is for, and commands to start from
-    return tyro.cli(cls, args=args, description=about, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    settings = tyro.cli(cls, args=args, description=about, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    check_bounds(settings)
+    return settings
 
 
-def file_arguments(path, section):
-    """The section of a configuration file as command-line arguments."""
+def recipe_arguments(path, section):
+    """The section of a recipe as command-line arguments."""
     if not os.path.isfile(path):
-        sys.exit(f"{path} is no file; the configurations are in config/, and settings are written --name=value.")
+        sys.exit(f"{path} is not a file; the recipes are in config/, and settings are written --name=value.")
     try:
         values = runpy.run_path(path)
     except Exception as error:
@@ -48,8 +70,14 @@ def file_arguments(path, section):
     return [f"--{name}={value}" for name, value in flatten(values[section])]
 
 
-def argument_names(settings):
-    return [f"--{name}" for name, _ in flatten(vars(settings))]
+def check_bounds(settings):
+    """Exit with one sentence if a value is outside of the bound that its annotation declares."""
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
+        value = getattr(settings, name)
+        for part in (hint, *get_args(hint)):  # Count itself, or the Count of Count | None
+            for bound in getattr(part, "__metadata__", ()):
+                if value is not None and isinstance(bound, Bound) and not bound.holds(value):
+                    sys.exit(f"--{name}={value} must be {bound.words}.")
 
 
 def flatten(values, prefix=""):

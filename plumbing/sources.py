@@ -42,15 +42,20 @@ def list_files(source, revision=None):
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
     paths = [source] if os.path.isfile(source) else sorted(glob.glob(pattern, recursive=True))
     readers = {".jsonl": jsonl_texts, ".parquet": parquet_texts}
-    files = [File(Path(path).as_posix(), fingerprint(path), partial(read, path)) for path in paths
-             if (read := readers.get(Path(path).suffix))]  # fmt: skip
+    files = [
+        File(Path(path).as_posix(), fingerprint(path), partial(read, path))
+        for path in paths
+        if (read := readers.get(Path(path).suffix))
+    ]
     if text_files := [path for path in paths if path.endswith(".txt")]:
         files.append(File(Path(source).as_posix(), fingerprint(*text_files), lambda: map(text_of, text_files)))
     if files:
         return files, f"0-{len(files) - 1}"
     if paths or not re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}", source):
-        sys.exit(f"--source={source} is not here, or has no .txt, .jsonl or .parquet file; a source is a path or a "
-                 "pattern of such, OWNER/DATASET/FOLDER on the hub, or python-docs.")  # fmt: skip
+        sys.exit(
+            f"--source={source} is not here, or has no .txt, .jsonl or .parquet file; a source is a path or a "
+            "pattern of such, OWNER/DATASET/FOLDER on the hub, or python-docs."
+        )
     return hub_files(source, revision)
 
 
@@ -99,8 +104,10 @@ def hub_errors(what):
             sys.exit(f"{what}: the hub does not know it, or keeps it for members: then set HF_TOKEN to your token.")
         if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
             sys.exit(f"{what}: the hub knows the repository, but nothing of that name in it.")
-        sys.exit(f"{what}: the hub cannot be reached ({type(error).__name__}); without a network, "
-                 "`python prepare.py config/tiny.py` needs nothing from it.")  # fmt: skip
+        sys.exit(
+            f"{what}: the hub cannot be reached ({type(error).__name__}); without a network, "
+            "`python prepare.py config/tiny.py` needs nothing from it."
+        )
 
 
 def parquet_texts(path):

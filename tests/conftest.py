@@ -42,8 +42,13 @@ def command(script, *args, nproc=0):
 
 def run(script, *args, nproc=0, **variables):
     """Run a script of the project as a user does, and return what it printed."""
-    done = subprocess.run(command(script, *args, nproc=nproc), cwd=ROOT, env=environment(**variables),
-                          capture_output=True, encoding=variables.get("PYTHONIOENCODING", "utf-8"))  # fmt: skip
+    done = subprocess.run(
+        command(script, *args, nproc=nproc),
+        cwd=ROOT,
+        env=environment(**variables),
+        capture_output=True,
+        encoding=variables.get("PYTHONIOENCODING", "utf-8"),
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -94,8 +99,15 @@ def data(corpus, tmp_path_factory):
 def trained(data, tmp_path_factory):
     """A short run on the corpus: the folder, with checkpoints of steps 20 and 40."""
     out = tmp_path_factory.mktemp("out") / "run"
-    run("train.py", *SMALL, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=40", "--save_interval=20",
-        "--eval_interval=20")  # fmt: skip
+    run(
+        "train.py",
+        *SMALL,
+        f"--data_dir={data}",
+        f"--out_dir={out}",
+        "--max_steps=40",
+        "--save_interval=20",
+        "--eval_interval=20",
+    )
     return out
 
 

@@ -46,8 +46,10 @@ class Hub(BaseHTTPRequestHandler):
             (self.server.folder / "models" / name).mkdir(parents=True, exist_ok=True)
             return self.answer(200, {"url": f"{self.server.endpoint}/{name}", "id": name, "name": name})
         if "preupload" in parts:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                     for file in json.loads(body)["files"]]  # fmt: skip
+            files = [
+                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                for file in json.loads(body)["files"]
+            ]
             return self.answer(200, {"files": files})
         if "commit" in parts:
             name = "/".join(parts[2:4])

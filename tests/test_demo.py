@@ -27,8 +27,13 @@ def served(model, *args):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    process = subprocess.Popen(command("tools.demo", f"--model={model}", f"--port={port}", *args), cwd=ROOT,
-                               env=environment(), stdout=subprocess.PIPE, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command("tools.demo", f"--model={model}", f"--port={port}", *args),
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         for line in process.stdout:
             if f"127.0.0.1:{port}" in line:
@@ -44,8 +49,16 @@ def served(model, *args):
 @pytest.fixture
 def browser(tmp_path):
     options = webdriver.ChromeOptions()
-    for flag in ("headless", "no-sandbox", "disable-gpu", "disable-background-networking", "disable-component-update",
-                 "disable-sync", "no-first-run", f"user-data-dir={tmp_path / 'chromium'}"):  # fmt: skip
+    for flag in (
+        "headless",
+        "no-sandbox",
+        "disable-gpu",
+        "disable-background-networking",
+        "disable-component-update",
+        "disable-sync",
+        "no-first-run",
+        f"user-data-dir={tmp_path / 'chromium'}",
+    ):
         options.add_argument(f"--{flag}")
     options.binary_location = shutil.which("chromium")
     driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
@@ -124,8 +137,14 @@ def tireless(trained, tmp_path_factory):
     """A model that writes for minutes: its end token is none of its vocabulary."""
     folder = tmp_path_factory.mktemp("tireless")
     torch.manual_seed(0)
-    config = SmolLM2Config(vocab_size=300, hidden_size=192, intermediate_size=512, num_attention_heads=3,
-                           num_key_value_heads=1, eos_token_id=300)  # fmt: skip
+    config = SmolLM2Config(
+        vocab_size=300,
+        hidden_size=192,
+        intermediate_size=512,
+        num_attention_heads=3,
+        num_key_value_heads=1,
+        eos_token_id=300,
+    )
     SmolLM2(config).save_pretrained(folder)
     shutil.copy(trained / "checkpoint-000040" / "tokenizer.json", folder)
     return folder

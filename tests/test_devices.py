@@ -18,17 +18,30 @@ from model import SmolLM2, SmolLM2Config
 
 
 @pytest.mark.skipif(not torch.cpu._is_avx2_supported(), reason="this processor has no AVX2")
-@pytest.mark.parametrize(("capability", "training", "sampling"), [
-    ("avx2", torch.float32, torch.float16),  # bfloat16 products are emulated, 300 tokens/s where float32 makes 7,000
-    ("default", torch.float32, torch.float32),  # so are float16's
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("capability", "training", "sampling"),
+    [
+        (
+            "avx2",
+            torch.float32,
+            torch.float16,
+        ),  # bfloat16 products are emulated, 300 tokens/s where float32 makes 7,000
+        ("default", torch.float32, torch.float32),  # so are float16's
+    ],
+)
 def test_auto_takes_the_fastest_type_of_the_processor(capability, training, sampling):
     code = (
-        "from plumbing import devices; import sample, torch; cpu = torch.device('cpu');"
-        "print(devices.choose_dtype('auto', cpu), sample.choose_dtype('auto', cpu))"
+        "from plumbing.devices import *; cpu = torch.device('cpu');"
+        "print(training_dtype('auto', cpu), sampling_dtype('auto', cpu))"
     )
-    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(ATEN_CPU_CAPABILITY=capability),
-                             capture_output=True, text=True, check=True).stdout  # fmt: skip
+    printed = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=environment(ATEN_CPU_CAPABILITY=capability),
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert printed.split() == [str(training), str(sampling)]
 
 
@@ -51,8 +64,15 @@ def test_without_a_compiler_it_says_so_and_goes_on(missing, data, trained, tmp_p
     """As on a system without g++, and on one without python3-dev."""
     variables = {"PATH": tmp_path, "CXX": ""} if missing == "compiler" else {"PYTHONPATH": tmp_path}
     (tmp_path / "sitecustomize.py").write_text("import sysconfig; sysconfig.get_path = lambda *names: 'nowhere'")
-    printed = run("train.py", *SMALL, "--compile=True", "--max_steps=1", f"--data_dir={data}",
-                  f"--out_dir={tmp_path / 'out'}", **variables)  # fmt: skip
+    printed = run(
+        "train.py",
+        *SMALL,
+        "--compile=True",
+        "--max_steps=1",
+        f"--data_dir={data}",
+        f"--out_dir={tmp_path / 'out'}",
+        **variables,
+    )
     assert {"compiler": "a compiler, ", "headers": "python3-dev"}[missing] in printed
     text = ("--prompt=7: A cat", "--max_new_tokens=9")
     compiled = run("sample.py", f"--model={trained}", "--compile=True", *text, **variables)
@@ -64,12 +84,20 @@ def test_without_a_compiler_it_says_so_and_goes_on(missing, data, trained, tmp_p
 
 def test_repeated_keys_give_the_numbers_of_grouped_queries(monkeypatch):
     torch.manual_seed(0)
-    ours = SmolLM2(SmolLM2Config(vocab_size=64, hidden_size=96, intermediate_size=64, num_hidden_layers=2,
-                                 num_attention_heads=6, num_key_value_heads=2))  # fmt: skip
+    ours = SmolLM2(
+        SmolLM2Config(
+            vocab_size=64,
+            hidden_size=96,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+        )
+    )
     ids = torch.randint(64, (2, 17))
     results = []
     for grouped in (True, False):
-        monkeypatch.setattr(model, "takes_grouped_queries", lambda q, grouped=grouped: grouped)
+        monkeypatch.setattr(model, "has_grouped_kernel", lambda q, grouped=grouped: grouped)
         ours.zero_grad()
         loss = ours(ids[:, :-1], ids[:, 1:])
         loss.backward()
@@ -80,9 +108,15 @@ def test_repeated_keys_give_the_numbers_of_grouped_queries(monkeypatch):
     assert torch.equal(results[0][1], results[1][1])
 
 
-@pytest.mark.parametrize(("major", "dtype", "grouped"), [
-    (7, torch.float16, False), (8, torch.float16, True), (9, torch.bfloat16, True), (9, torch.float32, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("major", "dtype", "grouped"),
+    [
+        (7, torch.float16, False),
+        (8, torch.float16, True),
+        (9, torch.bfloat16, True),
+        (9, torch.float32, False),
+    ],
+)
 def test_which_gpus_have_a_kernel_for_grouped_queries(major, dtype, grouped, monkeypatch):
     @dataclasses.dataclass
     class Query:
@@ -94,18 +128,34 @@ def test_which_gpus_have_a_kernel_for_grouped_queries(major, dtype, grouped, mon
         major: int
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties(major))
-    assert model.takes_grouped_queries(Query(torch.device("cuda"), dtype)) is grouped
-    assert model.takes_grouped_queries(Query(torch.device("cpu"), torch.float32))
-    assert not model.takes_grouped_queries(Query(torch.device("mps"), torch.float32))
+    assert model.has_grouped_kernel(Query(torch.device("cuda"), dtype)) is grouped
+    assert model.has_grouped_kernel(Query(torch.device("cpu"), torch.float32))
+    assert not model.has_grouped_kernel(Query(torch.device("mps"), torch.float32))
 
 
-@pytest.mark.parametrize(("name", "teraflops"), [
-    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989),
-    ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125), ("NVIDIA A10G", 70), ("NVIDIA L4", 121),
-    ("NVIDIA L40S", 362), ("Tesla T4", 65), ("Tesla V100-SXM2-16GB", 125), ("NVIDIA GeForce RTX 4090", 165),
-    ("NVIDIA RTX A1000", None), ("NVIDIA T400 4GB", None), ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
-    ("NVIDIA GeForce RTX 3090 Ti", None), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None), ("NVIDIA GB200", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H200", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA A10G", 70),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40S", 362),
+        ("Tesla T4", 65),
+        ("Tesla V100-SXM2-16GB", 125),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GB200", None),
+    ],
+)
 def test_peaks_of_gpus(name, teraflops):
     assert peak_of(name) == (teraflops and teraflops * 1e12)
 
@@ -118,12 +168,24 @@ def test_files_are_handled_as_windows_asks_and_consoles_need_no_utf_8(data, tmp_
     source = tmp_path / "talk.jsonl"
     source.write_text('{"text": "A cat sees 3 bees. The old dog follows the sun."}\n' * 99 + '{"text": "Her bird."}\n')
     arguments = {
-        "prepare.py": [f"--source={source}", f"--data_dir={tmp_path / 'data'}", "--tokenizer=train:300",
-                       "--val_fraction=0.5"],
-        "train.py": [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", "--save_interval=1",
-                     "--keep_checkpoints=1", "--resume=True", "--sample_interval=2", f"--sample_prompt={prompt}"],
+        "prepare.py": [
+            f"--source={source}",
+            f"--data_dir={tmp_path / 'data'}",
+            "--tokenizer=train:300",
+            "--val_fraction=0.5",
+        ],
+        "train.py": [
+            *SMALL,
+            f"--data_dir={data}",
+            f"--out_dir={tmp_path / 'out'}",
+            "--save_interval=1",
+            "--keep_checkpoints=1",
+            "--resume=True",
+            "--sample_interval=2",
+            f"--sample_prompt={prompt}",
+        ],
         "sample.py": [f"--model={tmp_path / 'out'}", f"--prompt={prompt}", "--max_new_tokens=9"],
-    }  # fmt: skip
+    }
 
     def on_windows(script, *more):
         return run("tests/windows.py", script, *arguments[script], *more, PYTHONIOENCODING="cp1252", PYTHONUTF8=0)
@@ -172,13 +234,19 @@ def test_orthogonalize():
         assert (found - torch.diag_embed(values)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize(("dtype", "products"), [
-    (torch.float32, torch.float32), (torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "products"),
+    [
+        (torch.float32, torch.float32),
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+    ],
+)
 def test_muon_multiplies_in_the_type_of_training(dtype, products, monkeypatch):
     settings = train.Settings(optimizer="muon")
-    ours = SmolLM2(SmolLM2Config(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
-                                 num_key_value_heads=1))  # fmt: skip
+    ours = SmolLM2(
+        SmolLM2Config(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    )
     ours(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long)).backward()
     seen, orthogonalize = set(), train.orthogonalize
     monkeypatch.setattr(train, "orthogonalize", lambda X: seen.add(X.dtype) or orthogonalize(X))

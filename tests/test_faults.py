@@ -76,11 +76,15 @@ def child_of(process, rank):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "variant",
-    [["--dtype=float32"], ["--dtype=bfloat16"], ["--dtype=float16", "--optimizer=muon"],
-     ["--dtype=float32", "--compile=True"],
-     ["--dtype=bfloat16", "--compile=True", "--optimizer=muon"]],
+    [
+        ["--dtype=float32"],
+        ["--dtype=bfloat16"],
+        ["--dtype=float16", "--optimizer=muon"],
+        ["--dtype=float32", "--compile=True"],
+        ["--dtype=bfloat16", "--compile=True", "--optimizer=muon"],
+    ],
     ids=" ".join,
-)  # fmt: skip
+)
 def test_resume_is_bitwise(variant, data, tmp_path):
     """Over the end of an epoch, with accumulation: in one go, and in three parts."""
     variant = [*variant, "--micro_batch=2", "--seq_len=64", "--batch_tokens=1024"]
@@ -99,8 +103,14 @@ def test_killed_at_any_moment(data, tmp_path):
     steps = 20 * KILLS
     settings = [f"--max_steps={steps}", "--save_interval=5", "--resume=True"]
     for kill in range(KILLS):
-        process = start(sys.executable, "tests/slow_saves.py", 0.05, "train.py", *arguments(data, out, *settings),
-                        stdout=subprocess.PIPE)  # fmt: skip
+        process = start(
+            sys.executable,
+            "tests/slow_saves.py",
+            0.05,
+            "train.py",
+            *arguments(data, out, *settings),
+            stdout=subprocess.PIPE,
+        )
         wait_for(process, "an epoch")
         if kill % 2:
             while not list(out.glob("checkpoint-*.tmp")) and process.poll() is None:
@@ -195,8 +205,9 @@ def test_no_room_for_a_checkpoint(data, tmp_path):
     before = weights(tmp_path, 5)
     for limit in (30_000, len(before) + 1000):  # in the middle of the weights; of the trainer's state
         args = arguments(data, tmp_path, "--max_steps=9", "--save_interval=2", "--resume=True")
-        process = start(*command("train.py", *args), stderr=subprocess.PIPE, stdout=subprocess.PIPE,
-                        preexec_fn=limited(limit))  # fmt: skip
+        process = start(
+            *command("train.py", *args), stderr=subprocess.PIPE, stdout=subprocess.PIPE, preexec_fn=limited(limit)
+        )
         printed, errors = process.communicate(timeout=60)
         assert process.returncode == 1
         assert "checkpoint-000006 could not be saved" in errors and "Traceback" not in errors

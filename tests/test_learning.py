@@ -12,10 +12,17 @@ from conftest import SMALL, metrics, run
 from test_train import trainer, values, write_shard
 
 from model import SmolLM2, SmolLM2Config
-from prepare import guessing_losses
+from prepare import baselines
 
-TINY = SmolLM2Config(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-                     num_key_value_heads=1, max_position_embeddings=64)  # fmt: skip
+TINY = SmolLM2Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+)
 
 
 def loss_on_noise(shift):
@@ -43,7 +50,7 @@ def test_on_shuffled_tokens_it_stops_at_the_frequencies(tmp_path, data):
     train, val = (shuffle(np.fromfile(data / f"{split}-00000.bin", "<u2")) for split in ("train", "val"))
     write_shard(tmp_path, 0, train, val, shard["vocab_size"], data / "tokenizer.json")
     trainer(tmp_path, tmp_path / "out", "--max_steps=150", "--eval_tokens=4000", "--decay_steps=50")
-    unigram = guessing_losses(train, val)["unigram_loss"]
+    unigram = baselines(train, val)["unigram_loss"]
     assert unigram == pytest.approx(values(tmp_path / "out", "val_loss")[150], abs=0.05)
     assert unigram < math.log(shard["vocab_size"]) - 1
 
@@ -59,14 +66,14 @@ def test_on_text_it_passes_the_frequencies_and_then_the_pairs(tmp_path, data):
     assert 0 < passed_unigram < passed_bigram < 150
 
 
-def test_guessing_losses_by_hand():
+def test_baselines_by_hand():
     rng = np.random.default_rng(0)
     train, val = (rng.integers(0, 12, n).astype("<u2") for n in (500, 80))
     val[3] = 14  # never seen in training
     counts, pairs = collections.Counter(train.tolist()), collections.Counter(itertools.pairwise(train.tolist()))
     unigram = [(counts[token] + 1) / (500 + 15) for token in range(15)]
     bigram = [(pairs[a, b] + 10 * unigram[b]) / (counts[int(a)] + 10) for a, b in itertools.pairwise(val)]
-    losses = guessing_losses(train, val, prior=10)
+    losses = baselines(train, val, prior=10)
     assert losses["unigram_loss"] == pytest.approx(-np.mean([math.log(unigram[token]) for token in val]))
     assert losses["bigram_loss"] == pytest.approx(-np.mean(np.log(bigram)))
 
@@ -74,12 +81,19 @@ def test_guessing_losses_by_hand():
 def test_a_pair_between_two_blocks_is_counted():
     tokens = np.zeros(2**22 + 10, "<u2")
     tokens[2**22 - 1 : 2**22 + 1] = 7, 9  # counting goes block by block, and this pair stands across
-    assert guessing_losses(tokens, np.array([7, 9], "<u2"), prior=0.01)["bigram_loss"] < 0.02
+    assert baselines(tokens, np.array([7, 9], "<u2"), prior=0.01)["bigram_loss"] < 0.02
 
 
 def test_one_batch_again_and_again(tmp_path, data):
-    run("train.py", "config/overfit.py", *SMALL, f"--data_dir={data}", f"--out_dir={tmp_path}", "--max_steps=100",
-        "--model.vocab_size=0")  # fmt: skip
+    run(
+        "train.py",
+        "config/overfit.py",
+        *SMALL,
+        f"--data_dir={data}",
+        f"--out_dir={tmp_path}",
+        "--max_steps=100",
+        "--model.vocab_size=0",
+    )
     assert values(tmp_path, "loss")[100] < 0.1
     assert values(tmp_path, "unique_tokens")[100] == 256
     assert values(tmp_path, "val_loss")[100] > 1
@@ -88,8 +102,15 @@ def test_one_batch_again_and_again(tmp_path, data):
 def test_a_run_and_its_second_part(tmp_path, data):
     """config/cosmo5k.py with fewer steps: the second part begins where the first has ended, at the same rate."""
     small = [arg for arg in SMALL if not arg.startswith(("--warmup", "--decay", "--learning", "--sample", "--save"))]
-    arguments = ("config/cosmo5k.py", *small, f"--data_dir={data}", f"--out_dir={tmp_path}", "--learning_rate=0.01",
-                 "--warmup_steps=10", "--save_interval=50")  # fmt: skip
+    arguments = (
+        "config/cosmo5k.py",
+        *small,
+        f"--data_dir={data}",
+        f"--out_dir={tmp_path}",
+        "--learning_rate=0.01",
+        "--warmup_steps=10",
+        "--save_interval=50",
+    )
     first = run("train.py", *arguments, "--max_steps=100", "--sample_interval=50")
     second = run("train.py", *arguments, "--max_steps=150", "--resume=True", "--sample_interval=10")
     assert first.count("Once upon a time") == 2 and second.count("Once upon a time") == 5
@@ -98,4 +119,7 @@ def test_a_run_and_its_second_part(tmp_path, data):
     assert 0.9 * min(before) < losses[101] < 1.1 * max(before) < losses[20]
     assert rates[5] < rates[10] == rates[100] == rates[101] == rates[150] == 0.01
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-000050", "checkpoint-000100", "checkpoint-000150"]  # fmt: skip
+        "checkpoint-000050",
+        "checkpoint-000100",
+        "checkpoint-000150",
+    ]

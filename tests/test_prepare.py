@@ -226,9 +226,16 @@ def test_parquet_without_a_column_of_text(tmp_path, tokenizer):
 
 @pytest.mark.parametrize(
     ("argument", "answer"),
-    [("--shards=1", "0 to 0"), ("--shards=a", "--shards=a"), ("--shards=3-1", "3-1"), ("--val_fraction=1", "below 1"),
-     ("--source=no/such/*.txt", "no/such"), ("--tokenizer=train:9", "from 273"), ("--tokenizer=train:x", "train:x")],
-)  # fmt: skip
+    [
+        ("--shards=1", "0 to 0"),
+        ("--shards=a", "--shards=a"),
+        ("--shards=3-1", "3-1"),
+        ("--val_fraction=1", "below 1"),
+        ("--source=no/such/*.txt", "no/such"),
+        ("--tokenizer=train:9", "from 273"),
+        ("--tokenizer=train:x", "train:x"),
+    ],
+)
 def test_bad_settings(argument, answer, tmp_path, corpus):
     assert answer in refused(
         "prepare.py", f"--source={corpus}", f"--data_dir={tmp_path}", "--tokenizer=train:300", argument

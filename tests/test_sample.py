@@ -58,9 +58,13 @@ def test_model_by_run_by_checkpoint_and_from_the_hub(trained, hub):
 
 def converse(questions, *args, **variables):
     done = subprocess.run(
-        command("sample.py", "--chat=True", "--temperature=0", "--dtype=float32", *args), cwd=ROOT, text=True,
-        env=environment(**variables), input="".join(f"{question}\n" for question in questions), capture_output=True,
-    )  # fmt: skip
+        command("sample.py", "--chat=True", "--temperature=0", "--dtype=float32", *args),
+        cwd=ROOT,
+        text=True,
+        env=environment(**variables),
+        input="".join(f"{question}\n" for question in questions),
+        capture_output=True,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.split("\n\n")[:-1]
 
@@ -112,8 +116,14 @@ def test_a_chat_template_runs_in_a_sandbox(instruct, tmp_path):
     folder = shutil.copytree(instruct, tmp_path / "instruct")
     reach = "{{ ().__class__.__base__.__subclasses__() }}"
     (folder / "chat_template.jinja").write_text(reach)
-    done = subprocess.run(command("sample.py", "--chat=True", f"--model={folder}"), cwd=ROOT, text=True,
-                          env=environment(), input="7?\n", capture_output=True)  # fmt: skip
+    done = subprocess.run(
+        command("sample.py", "--chat=True", f"--model={folder}"),
+        cwd=ROOT,
+        text=True,
+        env=environment(),
+        input="7?\n",
+        capture_output=True,
+    )
     assert "unsafe" in done.stdout + done.stderr and "Traceback" not in done.stderr
 
 
@@ -128,7 +138,7 @@ class Spells:
     def __init__(self, ids):
         self.ids = ids
 
-    def generate(self, *args):
+    def generate(self, *args, **options):
         return (torch.tensor([id]) for id in self.ids)
 
 
@@ -148,10 +158,17 @@ def test_only_whole_characters_are_printed_and_no_special_tokens():
 
 @pytest.mark.parametrize(
     ("argument", "answer"),
-    [("--temperature=-1", "--temperature"), ("--top_p=0", "--top_p"), ("--top_k=-1", "--top_k"),
-     ("--max_new_tokens=200", "128"), ("--prompt=FILE:nowhere.txt", "nowhere.txt"), ("--model=no/such", "no/such"),
-     ("--model=/nowhere", "/nowhere"), ("--device=abacus", "abacus")],
-)  # fmt: skip
+    [
+        ("--temperature=-1", "--temperature"),
+        ("--top_p=0", "--top_p"),
+        ("--top_k=-1", "--top_k"),
+        ("--max_new_tokens=200", "128"),
+        ("--prompt=FILE:nowhere.txt", "nowhere.txt"),
+        ("--model=no/such", "no/such"),
+        ("--model=/nowhere", "/nowhere"),
+        ("--device=abacus", "abacus"),
+    ],
+)
 def test_bad_settings(argument, answer, trained):
     assert answer in refused("sample.py", f"--model={trained}", argument)
 

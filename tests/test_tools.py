@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, pipeline
 
-import train
 from model import SmolLM2, SmolLM2Config
 
 
@@ -38,8 +37,14 @@ def test_there_and_back_the_tensors_have_the_same_bytes(trained, tmp_path):
 def test_a_pipeline_writes_what_sample_writes(trained):
     checkpoint = str(trained / "checkpoint-000040")
     theirs = pipeline("text-generation", checkpoint, max_new_tokens=30, do_sample=False)("7: A cat")
-    ours = run("sample.py", f"--model={trained}", "--prompt=7: A cat", "--max_new_tokens=30", "--temperature=0",
-               "--dtype=float32")  # fmt: skip
+    ours = run(
+        "sample.py",
+        f"--model={trained}",
+        "--prompt=7: A cat",
+        "--max_new_tokens=30",
+        "--temperature=0",
+        "--dtype=float32",
+    )
     assert ours.rstrip("\n") == theirs[0]["generated_text"]
 
 
@@ -63,10 +68,26 @@ def test_lm_eval_reads_a_checkpoint(trained, tmp_path):
     questions = [{"question": f"{number}: A cat sees a mouse. Her bird hears"} for number in range(10)]
     (tmp_path / "talk.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
     (tmp_path / "talk.yaml").write_text(TASK.format(folder=tmp_path, right="the sun", wrong="zqx jkv"))
-    arguments = ["--model", "hf", "--model_args", f"pretrained={trained / 'checkpoint-000040'}", "--tasks", "talk",
-                 "--include_path", tmp_path, "--device", "cpu", "--output_path", tmp_path / "results"]  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "lm_eval", *map(str, arguments)], capture_output=True, text=True,
-                          env=environment(HF_HUB_OFFLINE=1, HF_HOME=tmp_path / "cache"))  # fmt: skip
+    arguments = [
+        "--model",
+        "hf",
+        "--model_args",
+        f"pretrained={trained / 'checkpoint-000040'}",
+        "--tasks",
+        "talk",
+        "--include_path",
+        tmp_path,
+        "--device",
+        "cpu",
+        "--output_path",
+        tmp_path / "results",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment(HF_HUB_OFFLINE=1, HF_HOME=tmp_path / "cache"),
+    )
     assert done.returncode == 0, done.stderr
     (results,) = (tmp_path / "results").rglob("results_*.json")
     assert json.loads(results.read_text())["results"]["talk"]["acc,none"] == 1.0
@@ -99,8 +120,9 @@ def test_a_checkpoint_is_published_and_read_back(trained, hub):
     )
     upload = upload.replace("out/smollm2/checkpoint-001000", str(trained / "checkpoint-000040"))
     hf = Path(sys.executable).with_name("hf")
-    done = subprocess.run([hf, *upload.split()[1:]], env=environment(HF_TOKEN="secret", **hub.environment),
-                          capture_output=True, text=True)  # fmt: skip
+    done = subprocess.run(
+        [hf, *upload.split()[1:]], env=environment(HF_TOKEN="secret", **hub.environment), capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     published = {path.name for path in (hub.folder / "models" / "NAME" / "smollm2-135m-mine").iterdir()}
     assert published == {path.name for path in (trained / "checkpoint-000040").iterdir()} - {"trainer_state.pt"}
@@ -164,10 +186,14 @@ def wandb_history(file):
 
 @pytest.mark.parametrize(
     ("module", "script", "args"),
-    [("tensorboard", "train.py", ["--log_to=tensorboard"]), ("wandb", "train.py", ["--log_to=wandb"]),
-     ("matplotlib", "tools.plot", ["{trained}"]), ("gradio", "tools.demo", ["--model={trained}"]),
-     ("transformers", "tools.bench", ["train"])],
-)  # fmt: skip
+    [
+        ("tensorboard", "train.py", ["--log_to=tensorboard"]),
+        ("wandb", "train.py", ["--log_to=wandb"]),
+        ("matplotlib", "tools.plot", ["{trained}"]),
+        ("gradio", "tools.demo", ["--model={trained}"]),
+        ("transformers", "tools.bench", ["train"]),
+    ],
+)
 def test_an_optional_package_that_is_missing_is_named(module, script, args, tmp_path, trained, data):
     (tmp_path / f"{module}.py").write_text(f"raise ImportError('No module named {module}')")
     args = arguments(data, tmp_path / "out", *args) if script == "train.py" else args
@@ -182,7 +208,7 @@ def test_an_optional_package_that_is_missing_is_named(module, script, args, tmp_
 
 def test_activations_that_are_computed_again_change_nothing_but_rounding(tmp_path, data):
     for name in ("kept", "again"):
-        changed = ("--max_steps=4", "--sample_interval=2", f"--checkpoint_activations={name == 'again'}")
+        changed = ("--max_steps=4", "--sample_interval=2", f"--recompute_activations={name == 'again'}")
         run("train.py", *arguments(data, tmp_path / name, *changed))
     kept, again = ([line["loss"] for line in metrics(tmp_path / name)] for name in ("kept", "again"))
     assert kept[1:] == pytest.approx(again[1:], rel=1e-4) and len(set(kept)) == 5
@@ -195,8 +221,11 @@ def test_activations_that_are_computed_again_are_not_kept():
             model(torch.zeros(2, 64, dtype=torch.long), torch.zeros(2, 64, dtype=torch.long))
         return sum(sizes)
 
-    model = SmolLM2(SmolLM2Config(vocab_size=64, hidden_size=48, intermediate_size=128, num_attention_heads=3,
-                                  num_key_value_heads=1))  # fmt: skip
+    model = SmolLM2(
+        SmolLM2Config(
+            vocab_size=64, hidden_size=48, intermediate_size=128, num_attention_heads=3, num_key_value_heads=1
+        )
+    )
     before = kept(model)
-    train.checkpoint_activations(model)
+    model.recompute = True
     assert kept(model) < before / 5

@@ -150,8 +150,11 @@ def test_schedule():
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(optimizer):
     settings = train.Settings(optimizer=optimizer, weight_decay=0.5)
-    model = SmolLM2(train.SmolLM2Config(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
-                                        num_key_value_heads=1))  # fmt: skip
+    model = SmolLM2(
+        train.SmolLM2Config(
+            vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        )
+    )
     groups = [group for one in train.make_optimizers(model, settings, torch.float32) for group in one.param_groups]
     parameters = [parameter for group in groups for parameter in group["params"]]
     assert {id(p) for p in parameters} == {id(p) for p in model.parameters()} and len(parameters) == 2 * 9 + 2
@@ -231,8 +234,16 @@ def test_the_newest_checkpoints_stay(tmp_path, data):
 
 @pytest.mark.slow
 def test_compiled_in_bfloat16_with_samples(tmp_path, data):
-    printed = trainer(data, tmp_path, "--max_steps=6", "--compile=True", "--dtype=bfloat16", "--sample_interval=3",
-                      "--sample_prompt=1: A cat", "--eval_tokens=320")  # fmt: skip
+    printed = trainer(
+        data,
+        tmp_path,
+        "--max_steps=6",
+        "--compile=True",
+        "--dtype=bfloat16",
+        "--sample_interval=3",
+        "--sample_prompt=1: A cat",
+        "--eval_tokens=320",
+    )
     assert printed.count("1: A cat") == 2
     trainer(data, tmp_path / "plain", "--max_steps=6", "--eval_tokens=320")
     assert values(tmp_path, "loss") == pytest.approx(values(tmp_path / "plain", "loss"), rel=0.02)
@@ -244,12 +255,18 @@ def test_compiled_in_bfloat16_with_samples(tmp_path, data):
 
 @pytest.mark.parametrize(
     ("argument", "answer"),
-    [("--batch_tokens=1000", "multiple"), ("--micro_batch=3", "multiple"),
-     ("--seq_len=256 --micro_batch=1", "128 positions"),
-     ("--seq_len=0", "--seq_len=0"), ("--learning_rate=nan", "nan"),
-     ("--data_dir=/nowhere", "prepare.py"), ("--model.vocab_size=200", "200 tokens"),
-     ("--model.num_key_value_heads=3", "num_key_value_heads"), ("--device=abacus", "abacus")],
-)  # fmt: skip
+    [
+        ("--batch_tokens=1000", "multiple"),
+        ("--micro_batch=3", "multiple"),
+        ("--seq_len=256 --micro_batch=1", "128 positions"),
+        ("--seq_len=0", "--seq_len=0"),
+        ("--learning_rate=nan", "nan"),
+        ("--data_dir=/nowhere", "prepare.py"),
+        ("--model.vocab_size=200", "200 tokens"),
+        ("--model.num_key_value_heads=3", "num_key_value_heads"),
+        ("--device=abacus", "abacus"),
+    ],
+)
 def test_bad_settings(argument, answer, tmp_path, data):
     args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", *argument.split()]
     assert answer in refused("train.py", *args)

@@ -31,13 +31,12 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Literal
 
-from plumbing.bins import Windows, open_bins, to_device
-from plumbing.devices import choose_device, choose_dtype, keep_freed_memory, peak_flops
+from plumbing.bins import open_corpus
+from plumbing.devices import peak_flops, sampling_dtype, set_up_device, to_device, training_dtype
 
 import torch
 import tyro
 
-import sample
 from model import SmolLM2, SmolLM2Config, training_flops
 from train import Settings as TrainSettings
 from train import compile_parts, make_optimizers
@@ -130,11 +129,21 @@ def take_turns(contestants, rounds, clock=seconds):
 def compare(ours, theirs, what, against, amount, unit):
     """A row of the table: rounds of seconds on both sides, and the amount of work that was done in each."""
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    row = {"what": what, "against": against, "ratio": statistics.median(ratios), "least": ratios[0],
-           "most": ratios[-1], "ours": amount / statistics.median(ours), "theirs": amount / statistics.median(theirs),
-           "unit": unit}  # fmt: skip
-    print(f"{what} / {against}: {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}); "
-          f"{row['ours']:,.1f} and {row['theirs']:,.1f} {unit}", flush=True)  # fmt: skip
+    row = {
+        "what": what,
+        "against": against,
+        "ratio": statistics.median(ratios),
+        "least": ratios[0],
+        "most": ratios[-1],
+        "ours": amount / statistics.median(ours),
+        "theirs": amount / statistics.median(theirs),
+        "unit": unit,
+    }
+    print(
+        f"{what} / {against}: {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}); "
+        f"{row['ours']:,.1f} and {row['theirs']:,.1f} {unit}",
+        flush=True,
+    )
     return row
 
 
@@ -142,8 +151,9 @@ def script(*args, **environment):
     """Run one of the project's scripts, or another command; returns its output, [(seconds since the start, line)]."""
     command = [sys.executable, *args] if str(args[0]).endswith(".py") else list(args)
     start, lines = time.perf_counter(), []
-    process = subprocess.Popen(command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE,
-                               stderr=subprocess.STDOUT, text=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     for line in process.stdout:
         lines.append((time.perf_counter() - start, line.rstrip()))
     if process.wait():
@@ -156,9 +166,8 @@ def script(*args, **environment):
 
 def trainer(name, size, seq_len, micro_batch, device_name):
     """A contestant: a function that takes one step of training, on random tokens, and returns the loss."""
-    device = choose_device(device_name)
-    dtype = choose_dtype("auto", device)
-    torch.set_float32_matmul_precision("high")
+    device = contestants_device(name, device_name)
+    dtype = training_dtype("auto", device)
     torch.manual_seed(0)
     config = model_config(size)
     with torch.device(device):
@@ -172,7 +181,6 @@ def trainer(name, size, seq_len, micro_batch, device_name):
         run = torch.compile(model, dynamic=False) if "compile" in name else model
         loss_of = lambda: run(tokens, labels=tokens, use_cache=False).loss  # noqa: E731  it shifts the labels itself
     else:
-        keep_freed_memory()
         compile_parts(model)
         targets = torch.cat((tokens[:, 1:], torch.full_like(tokens[:, :1], -100)), 1)
         loss_of = lambda: model(tokens, targets)  # noqa: E731
@@ -187,6 +195,14 @@ def trainer(name, size, seq_len, micro_batch, device_name):
         return loss
 
     return step
+
+
+def contestants_device(name, device_name):
+    """Each as its users have it: set_up_device is ours."""
+    if name.startswith("ours"):
+        return set_up_device(device_name)
+    torch.set_float32_matmul_precision("high")
+    return torch.device(device_name)
 
 
 def model_config(size):
@@ -248,9 +264,16 @@ def bench_train(settings, device):
         mfu = training_flops(model_config(settings.size), seq_len) / statistics.median(per_token["ours"]) / peak
         rows.append({"what": label, "against": "peak of the device", "ratio": mfu, "unit": "MFU"})
     for name in names:
-        rows.append({"what": f"peak memory, {settings.size}, {micro_batches[0]} x {seq_len}", "against": name,
-                     "ratio": memory["ours"] / memory[name], "ours": memory["ours"] / 1e9, "theirs": memory[name] / 1e9,
-                     "unit": "GB"})  # fmt: skip
+        rows.append(
+            {
+                "what": f"peak memory, {settings.size}, {micro_batches[0]} x {seq_len}",
+                "against": name,
+                "ratio": memory["ours"] / memory[name],
+                "ours": memory["ours"] / 1e9,
+                "theirs": memory[name] / 1e9,
+                "unit": "GB",
+            }
+        )
     return rows
 
 
@@ -259,7 +282,7 @@ def bench_train(settings, device):
 
 def generator(name, size, batch_size, device_name, gguf=None):
     """A contestant: writes 128 tokens after a prompt of 16, always the likeliest, in the 16-bit type that suits it."""
-    device, new = choose_device(device_name), 128
+    device, new = contestants_device(name, device_name), 128
     torch.manual_seed(0)
     model = SmolLM2(model_config(size)).to(device)
     prompt = torch.randint(1, model.config.vocab_size, (batch_size, 16), device=device)
@@ -275,7 +298,7 @@ def generator(name, size, batch_size, device_name, gguf=None):
                 next(tokens)
             tokens.close()
     elif name.startswith("ours"):
-        model.to(sample.choose_dtype("auto", device))
+        model.to(sampling_dtype("auto", device))
         if name == "ours":
             for layer in model.model.layers:
                 layer.compile()
@@ -284,8 +307,14 @@ def generator(name, size, batch_size, device_name, gguf=None):
             return len(list(model.generate(prompt, new, temperature=0, eos_token_id=None)))
     else:
         theirs, cache = in_transformers(model, torch.bfloat16).eval(), name.split(", ")[1].split()[0]
-        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-                       cache_implementation=cache, attention_mask=torch.ones_like(prompt))  # fmt: skip
+        options = dict(
+            max_new_tokens=new,
+            min_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            cache_implementation=cache,
+            attention_mask=torch.ones_like(prompt),
+        )
 
         def generate():
             theirs.generate(prompt, **options)
@@ -299,8 +328,10 @@ def bench_sample(settings, device):
         names = ["ours", "ours, not compiled", "transformers, dynamic cache", "transformers, static cache"]
         if settings.gguf and batch_size == 1:
             names.append("llama.cpp")
-        contestants = {name: Contestant(generator, name, settings.size, batch_size, settings.device, settings.gguf)
-                       for name in names}  # fmt: skip
+        contestants = {
+            name: Contestant(generator, name, settings.size, batch_size, settings.device, settings.gguf)
+            for name in names
+        }
         for contestant in contestants.values():  # what is compiled is compiled
             contestant(run)
         times = take_turns(contestants, settings.rounds)
@@ -395,9 +426,9 @@ def loader(name, folder, file, batches=100):
     tokenizer, cpu = Tokenizer.from_file(file), torch.device("cpu")
 
     def ours():
-        windows = Windows(open_bins(f"{folder}/data")[0]["train"], 512, seed=0)
+        corpus = open_corpus(f"{folder}/data", 512, seed=0, eval_tokens=512)
         for batch in range(batches):
-            to_device([windows[batch * 32 + i] for i in range(32)], cpu, 65_536)
+            to_device(corpus.train.batch(batch * 32, 32), cpu)
 
     def streaming():
         ids, made = [], 0
@@ -420,8 +451,16 @@ def bench_load(settings, device):
         times = take_turns(
             {name: Contestant(loader, name, folder, file) for name in ("ours", "streaming")}, settings.rounds
         )
-        return [compare(times["ours"], times["streaming"], "loading batches of 32 x 512",
-                        "datasets streaming, tokenized on the way", 100 * 32 * 512, "tokens/s")]  # fmt: skip
+        return [
+            compare(
+                times["ours"],
+                times["streaming"],
+                "loading batches of 32 x 512",
+                "datasets streaming, tokenized on the way",
+                100 * 32 * 512,
+                "tokens/s",
+            )
+        ]
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -464,16 +503,33 @@ def bench_learn(settings, device):
         bpb, took = train(round(budget * share))
         print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
         if bpb <= goal:
-            return [{"what": f"time to {goal:.3f} bits a byte, config/tiny.py", "against": "AdamW, its best rate",
-                     "ratio": adamw[goal] / took, "ours": took, "theirs": adamw[goal], "unit": "s"}]  # fmt: skip
+            return [
+                {
+                    "what": f"time to {goal:.3f} bits a byte, config/tiny.py",
+                    "against": "AdamW, its best rate",
+                    "ratio": adamw[goal] / took,
+                    "ours": took,
+                    "theirs": adamw[goal],
+                    "unit": "s",
+                }
+            ]
     return []
 
 
 def bench_start(settings, device):
     rows = []
     shape = asdict(SmolLM2Config.smollm2_135m())
-    big = [f"--model.{name}={shape[name]}" for name in ("vocab_size", "hidden_size", "intermediate_size",
-           "num_hidden_layers", "num_attention_heads", "num_key_value_heads")]  # fmt: skip
+    big = [
+        f"--model.{name}={shape[name]}"
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+        )
+    ]
     big += ["--compile=True", "--seq_len=512", "--micro_batch=2", "--batch_tokens=1024", "--eval_tokens=1024"]
     for name, args in (("config/tiny.py", ()), ("135m, 2 x 512", big)):
         times = []
@@ -481,8 +537,16 @@ def bench_start(settings, device):
             with tempfile.TemporaryDirectory() as cache:
                 fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
                 times.append(tiny(*args, "--max_steps=2", **fresh)[1])
-        rows.append({"what": f"command to first step, {name}", "against": "", "ours": statistics.median(times),
-                     "least": min(times), "most": max(times), "unit": "s"})  # fmt: skip
+        rows.append(
+            {
+                "what": f"command to first step, {name}",
+                "against": "",
+                "ours": statistics.median(times),
+                "least": min(times),
+                "most": max(times),
+                "unit": "s",
+            }
+        )
         print(rows[-1], flush=True)
     return rows
 
@@ -490,8 +554,16 @@ def bench_start(settings, device):
 def ranked(processes):
     """A contestant: trains config/tiny.py on the CPU in so many processes, and returns the seconds of a step."""
     launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={processes}") if processes > 1 else ()
-    args = ("train.py", "config/tiny.py", "--device=cpu", "--micro_batch=4", "--max_steps=61", "--log_interval=61",
-            "--eval_interval=1000", "--sample_interval=0")  # fmt: skip
+    args = (
+        "train.py",
+        "config/tiny.py",
+        "--device=cpu",
+        "--micro_batch=4",
+        "--max_steps=61",
+        "--log_interval=61",
+        "--eval_interval=1000",
+        "--sample_interval=0",
+    )
 
     def train():
         with tempfile.TemporaryDirectory() as folder:
@@ -534,7 +606,8 @@ def main(settings):
             import llama_cpp  # noqa: F401
     except ImportError as error:
         sys.exit(f"{error}; pip install -r requirements-dev.txt, and for --gguf pip install llama-cpp-python")
-    device = choose_device(settings.device)
+    device = set_up_device(settings.device)
+    settings.device = device.type
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}-{os.cpu_count()}-cores"
     path = ROOT / "tools" / "results" / f"{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
     rows = json.loads(path.read_text()) if path.exists() else []

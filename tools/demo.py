@@ -83,12 +83,24 @@ def build_page(settings):
 
     title = f"SmolLM2: {settings.model}"
     if template:
-        message = gr.Textbox(placeholder="Type a message", show_label=False, max_length=settings.max_prompt,
-                             submit_btn=True, stop_btn=True)  # fmt: skip
-        return gr.ChatInterface(reply, chatbot=gr.Chatbot(show_label=False, buttons=["copy"]), textbox=message,
-                                additional_inputs=sliders, title=title,
-                                additional_inputs_accordion=gr.Accordion("Choices", open=False),
-                                flagging_mode="never", analytics_enabled=False, api_visibility="private")  # fmt: skip
+        message = gr.Textbox(
+            placeholder="Type a message",
+            show_label=False,
+            max_length=settings.max_prompt,
+            submit_btn=True,
+            stop_btn=True,
+        )
+        return gr.ChatInterface(
+            reply,
+            chatbot=gr.Chatbot(show_label=False, buttons=["copy"]),
+            textbox=message,
+            additional_inputs=sliders,
+            title=title,
+            additional_inputs_accordion=gr.Accordion("Choices", open=False),
+            flagging_mode="never",
+            analytics_enabled=False,
+            api_visibility="private",
+        )
     with gr.Blocks(title=title, analytics_enabled=False) as page:
         gr.Markdown(f"# {title}\nIt continues what you type.")
         prompt = gr.Textbox(settings.prompt, label="Prompt", lines=3, max_length=settings.max_prompt)

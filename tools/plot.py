@@ -93,8 +93,14 @@ def main(settings):
         draw(speed, "tokens_per_second")
         draw(unique, "unique_tokens")
         unique.plot(curves["tokens"][0], curves["tokens"][0], color="black", linestyle=(0, (1, 3)), linewidth=1)
-    titles = ("loss, nats a token", "validation, bits a byte", "learning rate", "gradient norm before clipping",
-              "tokens a second", "different tokens seen (dotted: tokens seen)")  # fmt: skip
+    titles = (
+        "loss, nats a token",
+        "validation, bits a byte",
+        "learning rate",
+        "gradient norm before clipping",
+        "tokens a second",
+        "different tokens seen (dotted: tokens seen)",
+    )
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
         axis.set_xlabel("tokens trained on")

@@ -37,8 +37,7 @@ def test_no_argument_is_the_mission():
     assert load_settings("train", train.Settings, []) == train.Settings()
     for script in (prepare, train, sample):
         of_file = load_settings(script.__name__, script.Settings, [f"{ROOT}/config/smollm2.py"])
-        of_script = script.Settings(shards="0") if script is prepare else script.Settings()
-        assert of_file == of_script
+        assert of_file == script.Settings()
     assert prepare.Settings().source == "HuggingFaceTB/smollm-corpus/cosmopedia-v2"
 
 
@@ -47,7 +46,7 @@ def test_no_argument_is_the_mission():
 def test_every_configuration_fits_every_script(name, script):
     settings = load_settings(script.__name__, script.Settings, [str(ROOT / "config" / name)])
     if script is train:
-        train.check_settings(settings, world_size=1)
+        assert settings.batch_tokens % (settings.seq_len * settings.micro_batch) == 0
 
 
 def test_the_two_small_runs():
@@ -73,10 +72,16 @@ def test_configurations_have_the_published_shapes_and_recipes():
 
 @pytest.mark.parametrize(
     ("argument", "answer"),
-    [("--learning_rte=1", "--learning_rate"), ("--model.hidden=3", "--model.hidden_size"), ("--max_steps=many", "many"),
-     ("--compile=perhaps", "perhaps"), ("--optimizer=sgd", "sgd"), ("max_steps=3", "max_steps=3"),
-     ("config/tinny.py", "config/tinny.py")],
-)  # fmt: skip
+    [
+        ("--learning_rte=1", "--learning_rate"),
+        ("--model.hidden=3", "--model.hidden_size"),
+        ("--max_steps=many", "many"),
+        ("--compile=perhaps", "perhaps"),
+        ("--optimizer=sgd", "sgd"),
+        ("max_steps=3", "max_steps=3"),
+        ("config/tinny.py", "config/tinny.py"),
+    ],
+)
 def test_what_does_not_fit_is_named(argument, answer):
     sentence = refused("train.py", argument)
     assert answer in sentence and len(sentence.strip()) < 900
