@@ -113,8 +113,7 @@ CARD = """---
 # {name}
 
 A language model of {parameters:,} parameters with the architecture of SmolLM2, trained with the code of *SmolLM2 from
-scratch*. It continues texts of the kind that it was trained on. It was not taught to answer, to be right, or to be
-kind.
+scratch*. It continues texts of the kind that it was trained on; it was not trained to follow instructions.
 
 | | |
 |---|---|

@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BROWSER, reason="needs ch
 
 @contextmanager
 def served(model, *args):
-    """The address of a page that demo.py serves for a while."""
+    """The address of a page that tools.demo serves for a while."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -57,12 +57,12 @@ def test_on_shuffled_tokens_it_stops_at_the_frequencies(tmp_path, data):
 
 def test_on_text_it_passes_the_frequencies_and_then_the_pairs(tmp_path, data):
     trainer(data, tmp_path, "--max_steps=150", "--eval_interval=10", "--decay_steps=50")
-    marks, losses = metrics(tmp_path)[0], values(tmp_path, "val_loss")
+    baselines, losses = metrics(tmp_path)[0], values(tmp_path, "val_loss")
     shard = json.loads((data / "shard-00000.json").read_text())
-    assert marks["unigram_loss"] == pytest.approx(shard["val"]["unigram_loss"])
-    assert marks["bigram_loss"] == pytest.approx(shard["val"]["bigram_loss"])
-    passed_unigram = min(step for step, loss in losses.items() if loss < marks["unigram_loss"])
-    passed_bigram = min(step for step, loss in losses.items() if loss < marks["bigram_loss"])
+    assert baselines["unigram_loss"] == pytest.approx(shard["val"]["unigram_loss"])
+    assert baselines["bigram_loss"] == pytest.approx(shard["val"]["bigram_loss"])
+    passed_unigram = min(step for step, loss in losses.items() if loss < baselines["unigram_loss"])
+    passed_bigram = min(step for step, loss in losses.items() if loss < baselines["bigram_loss"])
     assert 0 < passed_unigram < passed_bigram < 150
 
 

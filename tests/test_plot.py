@@ -11,7 +11,7 @@ def test_one_run_and_two_compared(trained, tmp_path):
     assert one.shape == two.shape and one.shape[0] > 800
     assert (one != two).any()
     drawn = run("tools.plot", trained, f"--out={tmp_path / 'one.svg'}") and (tmp_path / "one.svg").read_text()
-    assert drawn.count("<!-- guessing by") == 2
+    assert drawn.count("<!-- baseline: ") == 2
 
 
 def test_what_cannot_be_drawn(trained, tmp_path):

@@ -72,9 +72,9 @@ def test_bins_hold_the_documents_and_json_says_what_they_are(tmp_path, tokenizer
     shard = record(tmp_path / "out")
     for split, texts in (("train", train), ("val", val)):
         content = (tmp_path / "out" / f"{split}-00000.bin").read_bytes()
-        marks = {"unigram_loss", "bigram_loss"} if split == "val" else set()
-        assert shard[split].keys() == {"documents", "tokens", "bytes", "sha256"} | marks
-        assert {name: shard[split][name] for name in shard[split].keys() - marks} == {
+        baselines = {"unigram_loss", "bigram_loss"} if split == "val" else set()
+        assert shard[split].keys() == {"documents", "tokens", "bytes", "sha256"} | baselines
+        assert {name: shard[split][name] for name in shard[split].keys() - baselines} == {
             "documents": len(texts),
             "tokens": len(content) // 2,
             "bytes": sum(len(text.encode()) for text in texts),

@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM
 
 
 def commands(heading):
-    """The first commands below a heading."""
-    section = (ROOT / "README.md").read_text().split(heading, 1)[1]
-    return re.search(r"```sh\n(.*?)\n```", section, re.DOTALL)[1]
+    """The blocks of commands below a heading."""
+    section = (ROOT / "README.md").read_text().split(f"\n{heading}\n", 1)[1].split("\n## ")[0]
+    return re.findall(r"```sh\n(.*?)\n```", section, re.DOTALL)
 
 
 def as_typed(commands, folder, **variables):
@@ -36,7 +36,7 @@ def as_typed(commands, folder, **variables):
 
 @pytest.mark.slow
 def test_the_first_command(tmp_path):
-    first = commands("# SmolLM2 from scratch")
+    first = re.search(r"```sh\n(.*?)\n```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
     install, rest = first.split("requirements.txt && ")
     assert install.endswith("pip install -r ")
     steps = rest.replace("train.py config/tiny.py", "train.py config/tiny.py --max_steps=3 --eval_tokens=4096")
@@ -49,7 +49,7 @@ def test_the_first_command(tmp_path):
     assert (tmp_path / "out" / "tiny" / "checkpoint-000003" / "model.safetensors").exists()
 
 
-def test_the_recipe_for_your_own_text(tmp_path, hub, trained):
+def test_the_recipes_for_your_own_text(tmp_path, hub, trained):
     published = hub.folder / "models" / "HuggingFaceTB"
     theirs = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-000040", dtype="bfloat16")
     theirs.save_pretrained(published / "SmolLM2-135M", max_shard_size="20KB")
@@ -58,13 +58,15 @@ def test_the_recipe_for_your_own_text(tmp_path, hub, trained):
     (tmp_path / "books").mkdir()
     for number, text in enumerate(sentences(100, seed=1)):
         (tmp_path / "books" / f"{number}.txt").write_text(text.replace("bird", "horse"))
-    recipe = commands("## Your own text")
+    tuned, scratch = commands("## Your own text")
     fewer = "--max_steps=20 --seq_len=32 --eval_tokens=320 --compile=False --device=cpu --dtype=float32"
-    recipe = recipe.replace("--max_steps=200", fewer).replace("--batch_tokens=65536", "--batch_tokens=256")
-    recipe = recipe.replace("sample.py", "sample.py --max_new_tokens=60")
-    assert recipe.count(fewer) == recipe.count("--batch_tokens=256") == recipe.count("--max_new_tokens=60") == 1
-    printed = as_typed(recipe, tmp_path, **hub.environment)
-    assert printed.rsplit("--model=out/books\n", 1)[1].startswith("It was")
+    tuned = tuned.replace("--max_steps=200", fewer).replace("--batch_tokens=65536", "--batch_tokens=256")
+    scratch = scratch.replace("config/tiny.py", f"config/tiny.py {fewer} --batch_tokens=256")
+    recipes = f"{tuned}\n{scratch}".replace("sample.py", "sample.py --max_new_tokens=60").replace("4096", "300")
+    assert recipes.count(fewer) == recipes.count("--batch_tokens=256") == recipes.count("--max_new_tokens=60") == 2
+    printed = as_typed(recipes, tmp_path, **hub.environment)  # one after the other
+    for model in ("books", "books-tiny"):
+        assert printed.split(f"--model=out/{model}\n", 1)[1].startswith("It was")
     lines = metrics(tmp_path / "out" / "books")
     assert lines[0]["val_loss"] < 3  # it began with what the published one knows
     assert lines[-1]["val_loss"] < lines[0]["val_loss"]

@@ -126,25 +126,18 @@ def take_turns(contestants, rounds, clock=seconds):
     return times
 
 
+def row(what, against, ratio, ours, theirs, unit, **spread):
+    """A row of the table; None where there is nothing to say."""
+    return dict(what=what, against=against, ratio=ratio, ours=ours, theirs=theirs, unit=unit) | spread
+
+
 def compare(ours, theirs, what, against, amount, unit):
     """A row of the table: rounds of seconds on both sides, and the amount of work that was done in each."""
     ratios = sorted(b / a for a, b in zip(ours, theirs, strict=True))
-    row = {
-        "what": what,
-        "against": against,
-        "ratio": statistics.median(ratios),
-        "least": ratios[0],
-        "most": ratios[-1],
-        "ours": amount / statistics.median(ours),
-        "theirs": amount / statistics.median(theirs),
-        "unit": unit,
-    }
-    print(
-        f"{what} / {against}: {row['ratio']:.2f} ({row['least']:.2f} to {row['most']:.2f}); "
-        f"{row['ours']:,.1f} and {row['theirs']:,.1f} {unit}",
-        flush=True,
-    )
-    return row
+    ratio, here, there = statistics.median(ratios), amount / statistics.median(ours), amount / statistics.median(theirs)
+    spread = f"{ratio:.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+    print(f"{what} / {against}: {spread}; {here:,.1f} and {there:,.1f} {unit}", flush=True)
+    return row(what, against, ratio, here, there, unit, least=ratios[0], most=ratios[-1])
 
 
 def script(*args, **environment):
@@ -262,18 +255,10 @@ def bench_train(settings, device):
     rows = [compare(per_token["ours"], per_token[name], label, name, 1, "tokens/s") for name in names]
     if peak := peak_flops(device):
         mfu = training_flops(model_config(settings.size), seq_len) / statistics.median(per_token["ours"]) / peak
-        rows.append({"what": label, "against": "peak of the device", "ratio": mfu, "unit": "MFU"})
+        rows.append(row(label, "peak of the device", mfu, None, None, "MFU"))
     for name in names:
-        rows.append(
-            {
-                "what": f"peak memory, {settings.size}, {micro_batches[0]} x {seq_len}",
-                "against": name,
-                "ratio": memory["ours"] / memory[name],
-                "ours": memory["ours"] / 1e9,
-                "theirs": memory[name] / 1e9,
-                "unit": "GB",
-            }
-        )
+        what, ratio = f"peak memory, {settings.size}, {micro_batches[0]} x {seq_len}", memory["ours"] / memory[name]
+        rows.append(row(what, name, ratio, memory["ours"] / 1e9, memory[name] / 1e9, "GB"))
     return rows
 
 
@@ -307,17 +292,11 @@ def generator(name, size, batch_size, device_name, gguf=None):
             return len(list(model.generate(prompt, new, temperature=0, eos_token_id=None)))
     else:
         theirs, cache = in_transformers(model, torch.bfloat16).eval(), name.split(", ")[1].split()[0]
-        options = dict(
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            cache_implementation=cache,
-            attention_mask=torch.ones_like(prompt),
-        )
+        length, cache = dict(max_new_tokens=new, min_new_tokens=new), dict(cache_implementation=cache)
 
         def generate():
-            theirs.generate(prompt, **options)
+            mask = torch.ones_like(prompt)
+            theirs.generate(prompt, attention_mask=mask, do_sample=False, pad_token_id=0, **length, **cache)
 
     return generate
 
@@ -328,10 +307,8 @@ def bench_sample(settings, device):
         names = ["ours", "ours, not compiled", "transformers, dynamic cache", "transformers, static cache"]
         if settings.gguf and batch_size == 1:
             names.append("llama.cpp")
-        contestants = {
-            name: Contestant(generator, name, settings.size, batch_size, settings.device, settings.gguf)
-            for name in names
-        }
+        args = settings.size, batch_size, settings.device, settings.gguf
+        contestants = {name: Contestant(generator, name, *args) for name in names}
         for contestant in contestants.values():  # what is compiled is compiled
             contestant(run)
         times = take_turns(contestants, settings.rounds)
@@ -448,19 +425,10 @@ def bench_load(settings, device):
         corpus(folder, 20)
         file = tokenizer_file(settings, folder)
         script("prepare.py", f"--source={folder}/corpus.parquet", f"--tokenizer={file}", f"--data_dir={folder}/data")
-        times = take_turns(
-            {name: Contestant(loader, name, folder, file) for name in ("ours", "streaming")}, settings.rounds
-        )
-        return [
-            compare(
-                times["ours"],
-                times["streaming"],
-                "loading batches of 32 x 512",
-                "datasets streaming, tokenized on the way",
-                100 * 32 * 512,
-                "tokens/s",
-            )
-        ]
+        contestants = {name: Contestant(loader, name, folder, file) for name in ("ours", "streaming")}
+        times, tokens = take_turns(contestants, settings.rounds), 100 * 32 * 512
+        what, against = "loading batches of 32 x 512", "datasets streaming, tokenized on the way"
+        return [compare(times["ours"], times["streaming"], what, against, tokens, "tokens/s")]
 
 
 # ---- Runs -----------------------------------------------------------------------------------------------------------
@@ -474,9 +442,8 @@ def tiny(*args, **environment):
     """Train config/tiny.py in a new folder: its last metrics, seconds to the first step and after it."""
     script("prepare.py", "config/tiny.py")
     with tempfile.TemporaryDirectory() as folder:
-        lines = script(
-            "train.py", "config/tiny.py", f"--out_dir={folder}/run", "--sample_interval=0", *args, **environment
-        )
+        command = "train.py", "config/tiny.py", f"--out_dir={folder}/run", "--sample_interval=0"
+        lines = script(*command, *args, **environment)
         steps = [(when, line) for when, line in lines if re.match(r"step [1-9]", line)]
         metrics = read_metrics(folder)
     return metrics[-1], steps[0][0], steps[-1][0] - steps[0][0]
@@ -488,9 +455,8 @@ def bench_learn(settings, device):
     budget = round(120 * metrics["tokens_per_second"] * metrics["step"] / metrics["tokens"])
 
     def train(steps, *args):
-        metrics, _, took = tiny(
-            f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}", *args
-        )
+        length = f"--max_steps={steps}", f"--decay_steps={steps // 2}", f"--eval_interval={steps}"
+        metrics, _, took = tiny(*length, *args)
         return metrics["val_bpb"], took
 
     adamw = {}
@@ -503,67 +469,33 @@ def bench_learn(settings, device):
         bpb, took = train(round(budget * share))
         print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
         if bpb <= goal:
-            return [
-                {
-                    "what": f"time to {goal:.3f} bits a byte, config/tiny.py",
-                    "against": "AdamW, its best rate",
-                    "ratio": adamw[goal] / took,
-                    "ours": took,
-                    "theirs": adamw[goal],
-                    "unit": "s",
-                }
-            ]
+            what, against = f"time to {goal:.3f} bits a byte, config/tiny.py", "AdamW, its best rate"
+            return [row(what, against, adamw[goal] / took, took, adamw[goal], "s")]
     return []
 
 
 def bench_start(settings, device):
     rows = []
-    shape = asdict(SmolLM2Config.smollm2_135m())
-    big = [
-        f"--model.{name}={shape[name]}"
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-        )
-    ]
-    big += ["--compile=True", "--seq_len=512", "--micro_batch=2", "--batch_tokens=1024", "--eval_tokens=1024"]
-    for name, args in (("config/tiny.py", ()), ("135m, 2 x 512", big)):
+    large = asdict(SmolLM2Config.smollm2_135m()).items()
+    large = [f"--model.{name}={value}" for name, value in large if name.endswith(("_size", "_layers", "_heads"))]
+    large += ["--compile=True", "--seq_len=512", "--micro_batch=2", "--batch_tokens=1024", "--eval_tokens=1024"]
+    for name, args in (("config/tiny.py", ()), ("135m, 2 x 512", large)):
         times = []
         for _ in range(settings.rounds):
             with tempfile.TemporaryDirectory() as cache:
                 fresh = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": cache}
                 times.append(tiny(*args, "--max_steps=2", **fresh)[1])
-        rows.append(
-            {
-                "what": f"command to first step, {name}",
-                "against": "",
-                "ours": statistics.median(times),
-                "least": min(times),
-                "most": max(times),
-                "unit": "s",
-            }
-        )
-        print(rows[-1], flush=True)
+        what, median = f"command to first step, {name}", statistics.median(times)
+        rows.append(row(what, "", None, median, None, "s", least=min(times), most=max(times)))
+        print(f"{what}: {median:.1f} s", flush=True)
     return rows
 
 
 def ranked(processes):
     """A contestant: trains config/tiny.py on the CPU in so many processes, and returns the seconds of a step."""
     launcher = ("-m", "torch.distributed.run", f"--nproc_per_node={processes}") if processes > 1 else ()
-    args = (
-        "train.py",
-        "config/tiny.py",
-        "--device=cpu",
-        "--micro_batch=4",
-        "--max_steps=61",
-        "--log_interval=61",
-        "--eval_interval=1000",
-        "--sample_interval=0",
-    )
+    args = "train.py config/tiny.py --device=cpu --micro_batch=4 --max_steps=61 --log_interval=61".split()
+    args += ["--eval_interval=1000", "--sample_interval=0"]
 
     def train():
         with tempfile.TemporaryDirectory() as folder:
@@ -591,7 +523,7 @@ def table(rows):
 
     lines = ["| what | against | ratio | range | here | there | |", "|---|---|---|---|---|---|---|"]
     for row in rows:
-        ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+        ratio = "" if row.get("ratio") is None else f"{row['ratio']:.2f}"
         spread = f"{row['least']:.2f} to {row['most']:.2f}" if "least" in row else ""
         numbers = f"{number(row.get('ours'))} | {number(row.get('theirs'))}"
         lines.append(f"| {row['what']} | {row['against']} | {ratio} | {spread} | {numbers} | {row['unit']} |")
@@ -611,9 +543,7 @@ def main(settings):
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{device.type}-{os.cpu_count()}-cores"
     path = ROOT / "tools" / "results" / f"{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
-    benches = {
-        what.removeprefix("bench_"): function for what, function in globals().items() if what.startswith("bench_")
-    }
+    benches = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
     for what in benches if settings.what == "all" else [settings.what]:
         new = benches[what](settings, device)
         mine = {(row["what"], row["against"]) for row in new}

@@ -23,12 +23,7 @@ class Settings:
     out: str = "curves.png"  # picture to write: .png, .svg or .pdf
 
 
-STYLES = (
-    "-",
-    "--",
-    ":",
-    "-.",
-)  # runs differ by line, not by colour alone: the picture may be printed in black and white
+STYLES = "-", "--", ":", "-."  # runs differ by line, not by colour alone: a picture may be printed in black and white
 
 
 def read_metrics(run):
@@ -51,12 +46,10 @@ def read_metrics(run):
 
 
 def smooth(values):
-    """Exponential moving average over about a tenth of the run, without its bias towards the first value."""
-    by, average, weight, result = max(0.0, 1 - 10 / len(values)), 0.0, 0.0, []
-    for value in values:
-        average, weight = by * average + (1 - by) * value, by * weight + (1 - by)
-        result.append(average / weight)
-    return result
+    """The mean of each value and its neighbours, a tenth of the run in all."""
+    reach = len(values) // 20
+    near = [values[max(0, i - reach) : i + reach + 1] for i in range(len(values))]
+    return [sum(values) / len(values) for values in near]
 
 
 def main(settings):
@@ -65,6 +58,7 @@ def main(settings):
 
         matplotlib.use("Agg")
         from matplotlib import pyplot as plt
+        from matplotlib.ticker import EngFormatter
     except ImportError:
         sys.exit("tools.plot needs matplotlib: pip install matplotlib")
     if not settings.runs:
@@ -82,11 +76,13 @@ def main(settings):
         tokens, losses = curves["loss"]
         loss.plot(tokens, smooth(losses), style, color=color, label=f"{run}: training, smoothed")
         draw(loss, "val_loss", f"{run}: validation", marker="o", markersize=4, linewidth=1)
-        for name, words in (("unigram_loss", "guessing by frequency"), ("bigram_loss", "guessing by the token before")):
+        for name, words in (("unigram_loss", "baseline: unigram"), ("bigram_loss", "baseline: bigram")):
             if name in curves:
-                mark = curves[name][1][-1]
-                loss.axhline(mark, color="black", linestyle=(0, (1, 3)), linewidth=1)
-                loss.annotate(words, (1, mark), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+                baseline = curves[name][1][-1]
+                loss.axhline(baseline, color="black", linestyle=(0, (1, 3)), linewidth=1)
+                loss.annotate(
+                    words, (1, baseline), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
+                )
         draw(bits, "val_bpb", marker="o", markersize=4)
         draw(rate, "learning_rate")
         draw(norm, "grad_norm")
@@ -104,12 +100,17 @@ def main(settings):
     for axis, title in zip(axes.flat, titles, strict=True):
         axis.set_title(title)
         axis.set_xlabel("tokens trained on")
+        axis.xaxis.set_major_formatter(EngFormatter(sep=""))
         axis.grid(alpha=0.3)
+    for axis in (speed, unique):
+        axis.yaxis.set_major_formatter(EngFormatter(sep=""))
     for axis in (loss, norm):
         axis.set_yscale("log")
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter("{x:g}")
-    speed.set_ylim(bottom=0)
+    norm.yaxis.set_major_formatter("{x:g}")
+    norm.yaxis.set_minor_formatter("{x:g}")
+    speed.set_ylim(0, 1.1 * speed.get_ylim()[1])
     loss.legend(fontsize=8)
     bits.legend(fontsize=8)
     try:
