@@ -18,9 +18,8 @@ rotary positions, a gated MLP, no biases, and one matrix that serves as input em
       |
     lm_head                        the same table: a logit for each possible next token (B, T, V)
 
-The line on the left is the residual stream. Each block reads from it and adds to it; nothing else connects the layers.
-
-Shapes stand at the end of a line, in one notation:
+The line on the left is the residual stream. A layer is two blocks, attention and MLP. Each reads from the stream and
+adds to it; nothing else connects the layers. Comments at the ends of lines give shapes, in one notation:
 
     B batch     T time, the tokens of a sequence     C hidden width (576)      F width inside the MLP (1536)
     H query heads (9)     K key/value heads (3)      D width of a head (64)    V vocabulary (49152)
@@ -137,8 +136,8 @@ class RMSNorm(nn.Module):
 #
 # It happens in H = 9 heads at once, each D = 64 wide, so a token can look for nine things at a time. In grouped-query
 # attention (Ainslie et al. 2023, arXiv 2305.13245) three query heads share one key/value head. The cache that
-# generation needs is three times smaller for it, and little is lost. So k_proj and v_proj have 3 x 64 = 192 outputs,
-# not 576: a frequent mistake in counting this model.
+# generation needs is three times smaller for it, and little is lost. So k_proj and v_proj have 3 x 64 = 192 outputs;
+# assuming 576 is a frequent mistake in counting this model.
 #
 # Parameters of a layer:
 #     q_proj   C x H D = 576 x 576 = 331,776
@@ -158,18 +157,19 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=False)
         self.head_dim = D
 
-    def forward(self, x, rotary, mask=None, cache=None):
+    def forward(self, x, rotary, mask=None, cache=None):  # rotary: the next section; mask, cache: only for generation
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
         k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, rotary), rotate(k, rotary)  # by position: the next section
+        q, k = rotate(q, rotary), rotate(k, rotary)  # by position
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, D), in the cache's dtype, which may be another than that of x
         fused = has_grouped_kernel(q)
         if not fused and k.size(1) < q.size(1):
             k, v = (heads.repeat_interleave(q.size(1) // k.size(1), dim=1) for heads in (k, v))  # (B, H, S, D)
-        # Grouped queries: with enable_gqa, query heads 0, 1, 2 read key/value head 0, heads 3, 4, 5 read head 1, ...
+        # softmax(q k^T / sqrt(D)) v, up to the token itself where there is no mask. Grouped queries: with enable_gqa,
+        # query heads 0, 1, 2 read key/value head 0, heads 3, 4, 5 read head 1, ...
         y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=fused)
         return self.o_proj(y.type_as(x).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -178,7 +178,7 @@ def has_grouped_kernel(q):
     """Whether PyTorch has a fused attention kernel for grouped queries, which never holds the T x S weights in memory.
 
     There is one for CPUs, and one for 16 bits on GPUs of compute capability 8.0 (NVIDIA Ampere, 2020). Elsewhere keys
-    are repeated, and the memory-efficient kernel fits; plain products would keep 9 GB of weights for 4 windows of 2048.
+    are repeated, and the memory-efficient kernel fits; plain products keep 9 GB for four sequences of 2048 tokens.
     """
     if q.device.type == "cuda":
         return q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
@@ -234,7 +234,7 @@ def rotate(x, rotary):
 # is 4 C wide; with three matrices, 8/3 C costs the same: 8/3 x 576 = 1536.
 #
 # To try another activation, change it here, and hidden_act in plumbing/pretrained.py, by which other tools read a
-# checkpoint. Another norm or another order of blocks is a change of this file alone.
+# checkpoint. Another norm or order of blocks is a change of this file alone, but then no other tool computes the same.
 #
 # Parameters of a layer: 3 x C x F = 3 x 576 x 1536 = 2,654,208.
 
@@ -252,7 +252,7 @@ class MLP(nn.Module):
 
 # ---- A layer --------------------------------------------------------------------------------------------------------
 #
-# Normalise, attend, add; normalise, MLP, add. Only the inputs of the blocks are normalised, never the stream itself
+# Normalize, attend, add; normalize, MLP, add. Only the inputs of the blocks are normalized, never the stream itself
 # ("pre-norm"), so gradients reach every layer through additions alone.
 #
 # Parameters: 884,736 (attention) + 2,654,208 (MLP) + 2 x 576 (norms) = 3,540,096; thirty layers have 106,202,880.
@@ -274,9 +274,8 @@ class DecoderLayer(nn.Module):
 # ---- What generation adds -------------------------------------------------------------------------------------------
 #
 # A language model writes by predicting the next token, again and again. Keys and values of earlier tokens do not change
-# any more, so they are kept. Without this cache, n new tokens cost n (n + 1) / 2 positions of work, with it n: for
-# 1,000 tokens 500 times less. It takes 2 x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers a token, 23,040 bytes in
-# bfloat16; without grouped queries it would be 69,120.
+# any more, so they are kept. Without this cache n new tokens cost n (n + 1) / 2 positions of work, with it n. It takes
+# 2 x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers per token, a third of what it would without grouped queries.
 
 
 class KVCache:
@@ -288,7 +287,7 @@ class KVCache:
         # A CPU reads 16-bit weights in half the time, but its attention has to widen 16-bit keys before it multiplies.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (B, config.num_key_value_heads, S, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); not empty, for 0 x NaN is NaN
+        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); zeros, since 0 x NaN is NaN
         self.values = torch.zeros_like(self.keys)
         self.slots = slots  # (T,), those that the next keys and values are written to
 
@@ -299,9 +298,9 @@ class KVCache:
         return self.keys, self.values
 
 
-# Prompts of different lengths are aligned on the right, so that all rows continue in the same slot. What is left of a
-# shorter one is masked. Positions need no correction for it, since attention sees distances alone. Two prompts of 4 and
-# of 2 tokens, and the slots that each token sees (1):
+# Prompts of different lengths are aligned on the right, so that all rows continue in the same slot. Padding on the left
+# of a shorter one is masked. Positions need no correction for it, since attention sees distances alone. Two prompts of
+# 4 and of 2 tokens, and the slots that each token sees (1):
 #
 #     slot        0 1 2 3          slot        0 1 2 3
 #     "the"       1 0 0 0          (padding)   1 0 0 0     padding sees itself, because a softmax over nothing
@@ -310,10 +309,11 @@ class KVCache:
 #     "sees"      1 1 1 1          "cat"       0 0 1 1
 
 
-def attention_mask(queries, S, padding):
-    """Which of S slots the tokens in slots queries (T,) see, where padding (B, 1) slots come first: (B, 1, T, S)."""
-    slots, queries = torch.arange(S, device=queries.device), queries[:, None]  # (S,), (T, 1)
-    return (((slots <= queries) & (slots >= padding[:, :, None])) | (slots == queries))[:, None]
+def attention_mask(token_slots, S, padding):
+    """Which of S slots the tokens in token_slots (T,) see, where the first padding (B, 1) slots of a row are empty:
+    (B, 1, T, S)."""
+    slots, own = torch.arange(S, device=token_slots.device), token_slots[:, None]  # (S,), (T, 1)
+    return (((slots <= own) & (slots >= padding[:, :, None])) | (slots == own))[:, None]
 
 
 def choose(logits, temperature, top_k, top_p, generator=None):
@@ -325,8 +325,8 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k) each, the likeliest first
-    probabilities = (best.float() / temperature).softmax(-1)  # (B, k)
+    best, tokens = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
+    probabilities = ((best - best[:, :1]) / max(temperature, 1e-6)).softmax(-1)  # (B, k); not above 0, so not infinite
     if top_p < 1:
         superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
         probabilities = probabilities.masked_fill(superfluous, 0)
@@ -337,8 +337,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
 #
 # The embedding has a row of C numbers for each of V tokens: 49,152 x 576 = 28,311,552 parameters, a fifth of the 135M.
 # The head needs a matrix of the same shape, for the logits of all tokens, and uses the same one (Press & Wolf 2017,
-# arXiv 1608.05859). A second table would cost another fifth, and a shared row learns twice: when its token is read,
-# and when it is predicted.
+# arXiv 1608.05859). A second table would cost another fifth, and a shared row learns when read and when predicted.
 #
 # Parameters: 28,311,552 (embedding) + 106,202,880 (layers) + 576 (last norm) + 0 (head, tied) = 134,515,008.
 
@@ -368,9 +367,9 @@ class SmolLM2(nn.Module):
 
         With that, a sum of C products is as large as its inputs. There are two exceptions. The projections that write
         into the residual stream, o_proj and down_proj, are divided by sqrt(2 L): the stream is a sum of 2 L writes, and
-        its size shall not depend on the depth. The head is divided by 4: its input has the length sqrt(C), so a matrix
-        of full size would give logits of variance 1, preferences among tokens before any text was read, and a first
-        loss of ln V + 1/2. With variance 1/16 it is ln V + 1/32.
+        its size should not depend on the depth. The head, and so the embedding where it is tied, is divided by 4: its
+        input has the length sqrt(C), so a matrix of full size would give logits of variance 1, preferences among tokens
+        before any text was read, and a first loss of ln V + 1/2. With variance 1/16 it is ln V + 1/32.
         """
         std = self.config.initial_std
         for name, parameter in self.named_parameters():
@@ -378,14 +377,13 @@ class SmolLM2(nn.Module):
                 writes_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_hidden_layers if writes_to_stream else 1
                 nn.init.normal_(parameter, 0.0, std / math.sqrt(depth))
-        nn.init.normal_(self.lm_head.weight, 0.0, std / 4)  # the embedding too, where it is tied
+        nn.init.normal_(self.lm_head.weight, 0.0, std / 4)
 
     def forward(self, input_ids, targets=None):
         """Logits for the next token, or the loss where the next tokens are given.
 
         input_ids (B, T) int64 -> logits (B, T, V). With targets (B, T) int64, the token that follows each input -> the
-        mean cross-entropy in nats, a float32 scalar; a target of -100 is left out. Raises ValueError beyond
-        max_position_embeddings.
+        mean cross-entropy in nats, float32; a target of -100 is left out. Raises ValueError for too many positions.
         """
         hidden = self.hidden_states(input_ids, torch.arange(input_ids.size(1), device=input_ids.device))
         return self.lm_head(hidden) if targets is None else self.loss(hidden, targets)
@@ -421,8 +419,8 @@ class SmolLM2(nn.Module):
     ):
         """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
-        A row that has produced eos_token_id goes on yielding it, and generation ends when all have; with None it never
-        does. The rest goes to `choose`. Raises ValueError for an empty prompt, and beyond max_position_embeddings.
+        A row that has produced eos_token_id (None: no token) goes on yielding it, and generation ends when all have.
+        The rest goes to `choose`. Raises ValueError for an empty prompt, too many positions, and NaN in the logits.
         """
         device = self.lm_head.weight.device
         prompts, room = [torch.as_tensor(row, device=device) for row in input_ids], self.config.max_position_embeddings
@@ -434,7 +432,7 @@ class SmolLM2(nn.Module):
             raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
         padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
         tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
-        slots = torch.arange(T, device=device)  # the slots that the tokens are written to
+        slots = torch.arange(T, device=device)  # those that the tokens are written to; all caches share this tensor
         caches = [KVCache(self, B, S, slots) for _ in self.model.layers]
 
         def step():
@@ -442,13 +440,15 @@ class SmolLM2(nn.Module):
             return self.lm_head(hidden[:, -1])  # (B, V)
 
         logits = step()  # the prompts, all tokens at once
+        if logits.isnan().any():
+            raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
         tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token of each row
         for cache in caches:
             cache.slots = slots
         if device.type == "cuda":
             from plumbing.devices import recorded
 
-            step = recorded(step)
+            step = recorded(step)  # as a CUDA graph: kernels are recorded once, then replayed
         finished = torch.zeros(B, dtype=torch.bool, device=device)
         for i in range(max_new_tokens):
             new = choose(logits, temperature, top_k, top_p, generator)  # (B,)
@@ -517,8 +517,8 @@ def training_flops(config, T):
 
     Forward, each parameter of a matrix multiplies once and adds once, 2 N (Kaplan et al. 2020, arXiv 2001.08361,
     section 2.1); looking up an embedding is free. Attention multiplies with T / 2 earlier keys on average, and with as
-    many values: 2 x 2 x C x T / 2 in each layer. This counts causal attention by half; who counts the whole T x T
-    square has 12 L C T. The backward pass costs twice the forward pass.
+    many values: 2 x 2 x C x T / 2 in each layer. This counts only the causal half; the full T x T square would be
+    12 L C T. The backward pass costs twice the forward pass.
     """
     free = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return 6 * (count_parameters(config) - free) + 6 * config.num_hidden_layers * config.hidden_size * T

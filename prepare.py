@@ -17,20 +17,21 @@ repeated, and several machines can prepare different shards into one folder.
 
 import hashlib
 import os
-import queue
 import re
 import secrets
 import sys
-import threading
 import time
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.bins import SPLITS, check_made_alike, shard_path, write_shard_json, write_whole
-from plumbing.settings import Count, Fraction, load_settings
-from plumbing.sources import documents, hub_errors, list_files
+from plumbing.baselines import baselines
+from plumbing.files import lock, rename_whole, write_whole
+from plumbing.hub import hub_errors
+from plumbing.settings import Count, Fraction, run
+from plumbing.shards import SPLITS, check_made_alike, shard_path, write_shard_json
+from plumbing.sources import ahead, documents, list_files
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,10 +44,10 @@ class Settings:
 
     data_dir: str = "data/cosmopedia-v2"  # folder to write
     source: str = "HuggingFaceTB/smollm-corpus/cosmopedia-v2"  # dataset/folder on the hub, python-docs, path or glob
-    shards: str | None = None  # which of the source's files: 0 or 0-3 or 0,7; unset: 0 of the hub's, all local ones
+    shards: str | None = None  # which of the source's files: 0 or 0-3 or 0,7; unset: the first on the hub, all here
     revision: str | None = None  # branch, tag or commit of the dataset on the hub
     max_documents: Count | None = None  # stop after so many documents of each file
-    tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # hub id, path of a tokenizer.json, or train:4096 to train one
+    tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # SmolLM2's; or another hub id, a tokenizer.json, or train:4096
     val_fraction: Fraction = 0.005  # share of the documents kept for evaluation
     num_proc: Count = os.cpu_count() or 1  # cores to tokenize on
 
@@ -59,14 +60,21 @@ SPECIAL_TOKENS = (
 ).split()  # SmolLM2's, in its order: <|endoftext|> is 0
 
 # ---- The tokenizer --------------------------------------------------------------------------------------------------
+#
+# A model reads tokens, numbers below V, not text. Byte-pair encoding (Sennrich et al. 2015, arXiv 1508.07909; on bytes
+# since GPT-2) cuts a text into words, digits and punctuation, and starts with a token for each byte. Training makes the
+# most frequent pair of neighbouring tokens a new token, and repeats this until there are V of them. So a frequent word
+# becomes one token, a rare one a few, and there is no text that cannot be expressed.
 
 
 def get_tokenizer(settings, files):
     """The tokenizer and the sha256 of its tokenizer.json, which is left in data_dir. A folder's shards share one."""
     here = Path(settings.data_dir) / "tokenizer.json"
-    if settings.tokenizer.startswith("train:"):
+    if to_train := settings.tokenizer.startswith("train:"):
         if not here.exists():
+            release = lock(f"{here}.lock", f"another process trains {here} now; start again when it is there.")
             write_whole(here, train_tokenizer(settings, files).to_str(pretty=True).encode())
+            release()
         wanted = here.read_bytes()
     elif os.path.isfile(settings.tokenizer):
         wanted = Path(settings.tokenizer).read_bytes()
@@ -79,11 +87,11 @@ def get_tokenizer(settings, files):
         tokenizer = Tokenizer.from_buffer(wanted)
     except Exception as error:  # the library has no type of its own for this
         sys.exit(f"--tokenizer={settings.tokenizer} is not a tokenizer.json: {error}")
-    if tokenizer.get_vocab_size() > 65_536:
-        sys.exit(
-            f"--tokenizer={settings.tokenizer} has {tokenizer.get_vocab_size():,} tokens; bins hold 16-bit numbers, so "
-            "65,536 at most."
-        )
+    size = vocabulary_size(tokenizer)
+    if to_train and settings.tokenizer != f"train:{size}":
+        sys.exit(f"{here} has {size} tokens, and --tokenizer={settings.tokenizer} is another; take another --data_dir.")
+    if size > 65_536:
+        sys.exit(f"--tokenizer={settings.tokenizer} has {size:,} tokens; bins hold 16-bit numbers, so 65,536 at most.")
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         sys.exit(f"--tokenizer={settings.tokenizer} has no {END_OF_TEXT} to set between documents.")
     if not here.exists():
@@ -98,6 +106,11 @@ def get_tokenizer(settings, files):
     return tokenizer, hashlib.sha256(wanted).hexdigest()
 
 
+def vocabulary_size(tokenizer):
+    """The rows that an embedding needs: the largest id and one. Some tokenizers leave numbers out."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
 def train_tokenizer(settings, files):
     """A byte-level BPE by SmolLM2's recipe: single digits, no space added in front, special tokens first."""
     size = settings.tokenizer.removeprefix("train:")
@@ -109,16 +122,21 @@ def train_tokenizer(settings, files):
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
+    counts = [file.count() for file in files]
+    known = None not in counts and settings.max_documents is None
     trainer = trainers.BpeTrainer(
         vocab_size=int(size),
         special_tokens=SPECIAL_TOKENS,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=sys.stderr.isatty(),
+        show_progress=known and sys.stderr.isatty(),
     )
     texts = (text for file in files for text in documents(file, settings.max_documents))
     texts = (text for text in texts if not for_evaluation(text, settings.val_fraction))
     print(f"training a tokenizer of {int(size):,} tokens", flush=True)
-    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.train_from_iterator(texts, trainer, length=sum(counts) if known else None)
+    if tokenizer.get_vocab_size() < int(size):
+        found = tokenizer.get_vocab_size()
+        sys.exit(f"--tokenizer={settings.tokenizer}: the text has no more than {found} tokens; ask for train:{found}.")
     return tokenizer
 
 
@@ -132,29 +150,51 @@ def for_evaluation(text, val_fraction):
     return int.from_bytes(digest, "big") < val_fraction * 2**64
 
 
-WORD_BREAK = re.compile(r"(?<=[^\W\d_]) (?=[^\W\d_])")  # a space between two letters, of any script
-
-
-def pieces(texts, val_fraction, size=500_000):
+def pieces(texts, tokenizer, val_fraction, size=500_000):
     """(split, piece of a text, whether the text ends with it). A huge text is cut, so that memory does not depend on
-    its length, and only between two words, where the tokenizer separates it too: the tokens are the same."""
+    its length: after about size characters, and only where the tokenizer cuts it too, so the tokens are the same. One
+    word, such as a genome, is never cut, and takes about 200 bytes of memory for each character."""
     for text in texts:
-        split, start = "val" if for_evaluation(text, val_fraction) else "train", 0
-        while space := WORD_BREAK.search(text, start + size):
-            yield split, text[start : space.start()], False
-            start = space.start()
+        split, start, reach = "val" if for_evaluation(text, val_fraction) else "train", 0, size
+        while len(text) - start > reach:
+            if cut := last_cut(tokenizer, text[start : start + reach]):
+                yield split, text[start : start + cut], False
+                start, reach = start + cut, size
+            else:
+                reach *= 2
         yield split, text[start:], True
 
 
-def batches(pieces, size=2_000_000):
-    """Lists of pieces that have about so many characters together."""
-    batch, characters = [], 0
+def last_cut(tokenizer, text, around=1000):
+    """The last place where a text can be cut without changing its tokens; None if there is none.
+
+    Tokens never cross the words of the pre-tokenizer, which goes through a text from left to right. To see where it
+    cuts, it is started at eight places in a row near the end: the cuts that all agree on are those of the whole text.
+    Its last two words may be longer in what follows. Some tokenizers treat the beginning of a text as something else,
+    which shows when the two sides of a cut are encoded.
+    """
+    start = max(0, len(text) - around)
+    agreed = set(range(len(text)))
+    for first in range(start, start + 8):
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(text[first:]) if tokenizer.pre_tokenizer else []
+        agreed &= {first + begin for _, (begin, _) in words[1:-2]}
+    for cut in sorted(agreed, reverse=True)[:100]:
+        sides = text[max(0, cut - 100) : cut], text[cut : cut + 100]
+        whole, left, right = (encoding.ids for encoding in tokenizer.encode_batch(["".join(sides), *sides]))
+        if whole == left + right:
+            return cut
+    return last_cut(tokenizer, text, 8 * around) if start > 0 else None
+
+
+def batches(pieces, size=1_000_000):
+    """Lists of pieces that have about so many bytes together."""
+    batch, length = [], 0
     for piece in pieces:
         batch.append(piece)
-        characters += len(piece[1])
-        if characters >= size:
+        length += len(piece[1].encode())
+        if length >= size:
             yield batch
-            batch, characters = [], 0
+            batch, length = [], 0
     if batch:
         yield batch
 
@@ -179,61 +219,6 @@ def tokenize(tokenizer, batches, at_once=3):
             yield pending.popleft().result()
 
 
-def ahead(iterable, by=2):
-    """The same items, made in a thread while the caller is busy with earlier ones."""
-    items, done = queue.Queue(by), object()
-
-    def work():
-        try:
-            for item in iterable:
-                items.put((item, None))
-            items.put((done, None))
-        except BaseException as error:  # also the sentence of a sys.exit
-            items.put((done, error))
-
-    threading.Thread(target=work, daemon=True).start()
-    while True:
-        item, error = items.get()
-        if error:
-            raise error
-        if item is done:
-            return
-        yield item
-
-
-# ---- Baselines ------------------------------------------------------------------------------------------------------
-
-
-def baselines(train, val, prior=100):
-    """The cross-entropy, in nats a token, of two models that only count: what val, or its first four million tokens,
-    costs who knows the counts of train.
-
-    unigram_loss predicts each token by its frequency (plus one, for those that never came). bigram_loss predicts it
-    from the token before. Most pairs are rare, so their counts are mixed with the frequencies, as if each token had
-    been followed by `prior` more tokens drawn by frequency (MacKay & Peto 1995, "A hierarchical Dirichlet language
-    model"). A model that learns passes the first, then the second.
-    """
-    val = val[: 2**22]
-    if len(val) < 2:
-        return {}
-    counts = np.zeros(2**16)
-    pairs, place = np.unique(as_pairs(val), return_inverse=True)
-    pair_counts = np.zeros(len(pairs))
-    for start in tqdm(range(0, len(train), 2**22), "counting pairs", leave=False, delay=1, disable=None):
-        counts += np.bincount(train[start : start + 2**22], minlength=2**16)
-        block = np.sort(as_pairs(train[start : start + 2**22 + 1]))
-        pair_counts += np.searchsorted(block, pairs, "right") - np.searchsorted(block, pairs, "left")
-    vocabulary = max(train.max(), val.max()) + 1
-    unigram = (counts + 1) / (counts.sum() + vocabulary)
-    bigram = (pair_counts + prior * unigram[pairs & 0xFFFF]) / (counts[pairs >> 16] + prior)
-    return {"unigram_loss": -float(np.log(unigram[val]).mean()), "bigram_loss": -float(np.log(bigram[place]).mean())}
-
-
-def as_pairs(tokens):
-    """Each token but the last with the one after it, as one number: (n,) uint16 -> (n - 1,) uint32."""
-    return tokens[:-1].astype(np.uint32) << 16 | tokens[1:]
-
-
 # ---- Shards ---------------------------------------------------------------------------------------------------------
 
 
@@ -246,11 +231,12 @@ def write_shard(index, file, tokenizer, origin, settings):
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     texts, start = documents(file, settings.max_documents), time.monotonic()
-    bar = tqdm(desc=f"shard {index:05d}", unit=" documents", disable=None)  # silent when no terminal shows it
+    total = min(filter(None, (file.count(), settings.max_documents)), default=None)
+    bar = tqdm(desc=f"shard {index:05d}", total=total, unit=" documents", disable=None)  # only on a terminal
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
             bins = {"train": train, "val": val}
-            for batch in tokenize(tokenizer, ahead(batches(pieces(texts, settings.val_fraction)))):
+            for batch in tokenize(tokenizer, ahead(batches(pieces(texts, tokenizer, settings.val_fraction)))):
                 for (split, text, last), tokens in zip(*batch, strict=True):
                     bins[split].write(tokens)
                     hashes[split].update(tokens)
@@ -265,7 +251,7 @@ def write_shard(index, file, tokenizer, origin, settings):
         if counts["val"]["tokens"]:
             counts["val"] |= baselines(*(np.memmap(temporary[split], "<u2", "r") for split in SPLITS))
         for split in SPLITS:
-            os.replace(temporary[split], folder / f"{split}-{index:05d}.bin")
+            rename_whole(temporary[split], folder / f"{split}-{index:05d}.bin")
             counts[split]["sha256"] = hashes[split].hexdigest()
     finally:
         for path in temporary.values():
@@ -275,7 +261,7 @@ def write_shard(index, file, tokenizer, origin, settings):
         print(f"shard {index:05d} {split}: {count['documents']:,} documents, {count['tokens']:,} tokens", flush=True)
     if "bigram_loss" in counts["val"]:
         unigram, bigram = counts["val"]["unigram_loss"], counts["val"]["bigram_loss"]
-        print(f"baselines, in nats a token: {unigram:.2f} by frequency, {bigram:.2f} by the token before", flush=True)
+        print(f"baselines, in nats per token: {unigram:.2f} by frequency, {bigram:.2f} by the token before", flush=True)
     if not counts["val"]["tokens"]:
         print("no document was kept to evaluate on, and train.py needs some: raise --val_fraction", flush=True)
 
@@ -308,22 +294,22 @@ def main(settings):
             "val_fraction": settings.val_fraction,
             "tokenizer": settings.tokenizer,
             "tokenizer_sha256": tokenizer_sha256,
-            "vocab_size": tokenizer.get_vocab_size(),
+            "vocab_size": vocabulary_size(tokenizer),
         }
         path = shard_path(settings.data_dir, index)
-        if path.exists():
-            check_made_alike(path, origin)
-            print(f"shard {index:05d} is there already", flush=True)
-            continue
+        release = lock(f"{path}.lock", f"another process prepares {path} now; choose other --shards, or wait for it.")
         try:
-            write_shard(index, files[index], tokenizer, origin, settings)
+            if path.exists():
+                check_made_alike(path, origin)
+                print(f"shard {index:05d} is there already", flush=True)
+            else:
+                write_shard(index, files[index], tokenizer, origin, settings)
         except OSError as error:
             reason = error.strerror or error
             sys.exit(f"shard {index:05d} could not be written: {reason}; what was begun is removed.")
+        finally:
+            release()
 
 
 if __name__ == "__main__":
-    try:
-        main(load_settings("prepare", Settings))
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command continues with the shards that are missing")
+    run(main, "prepare", Settings, "stopped; the same command continues with the shards that are missing")

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from plumbing.chat import chat_template
 from plumbing.devices import lacks_compiler, sampling_dtype, set_up_device
-from plumbing.pretrained import find_model, read_json
-from plumbing.settings import Count, Natural, NotNegative, Probability, load_settings
+from plumbing.pretrained import find_model
+from plumbing.settings import Count, Natural, NotNegative, Probability, run
 
 import torch
 from tokenizers import Tokenizer
@@ -38,8 +39,8 @@ class Settings:
     top_p: Probability = 1.0  # choose among the likeliest tokens that together have this probability
     seed: Natural = 0  # the same seed gives the same text
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest to read
-    compile: bool = False  # torch.compile the layers first: takes a while, and pays for long texts
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest here
+    compile: bool = False  # torch.compile the layers first: takes a while, and pays off for long texts
     chat: bool = False  # a conversation instead of the prompt, for models that were trained to have one
 
 
@@ -82,36 +83,6 @@ def stream(model, tokenizer, ids, settings, generator):
 # was trained on, up to where its answer belongs; the token with which it ends the answer is its eos_token_id.
 
 
-def chat_template(folder):
-    """How a model wants conversations written, a function: [{"role": "user", "content": "Hello"}, ...] -> prompt.
-
-    It is a Jinja program in the checkpoint, which can come from anyone, so it runs in a sandbox. None where there is
-    none; exits with one sentence for one that is damaged.
-    """
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    separate, path = Path(folder, "chat_template.jinja"), Path(folder, "tokenizer_config.json")
-    try:
-        names = read_json(path) if path.exists() else {}
-        source = separate.read_text(encoding="utf-8") if separate.exists() else names.get("chat_template")
-        if source is None:
-            return None
-        template = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True).from_string(source)
-    except (TemplateError, TypeError, ValueError) as error:
-        sys.exit(f"{folder}: its chat template is damaged: {error}")
-    tokens = {name: names.get(name) for name in ("bos_token", "eos_token")}
-    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-
-    def render(messages):
-        try:
-            return template.render(messages=messages, add_generation_prompt=True, **tokens)
-        except TemplateError as error:
-            raise ValueError(f"the model's chat template refuses this: {error}") from error
-
-    return render
-
-
 def answer(model, tokenizer, template, messages, settings, generator):
     """Yield the answer to the last of the messages in pieces, as stream does. A conversation too long for the model's
     positions loses its beginning, a question and its answer at a time."""
@@ -140,8 +111,8 @@ def chat(model, tokenizer, template, settings, generator):
                 text += piece
         except KeyboardInterrupt:
             pass
-        except ValueError as error:  # the question alone is too long
-            print(error)
+        except ValueError as error:  # the question alone is too long, or refused by the template
+            print(error, file=sys.stderr)
             continue
         print("\n")
         messages += [question, {"role": "assistant", "content": text}]
@@ -176,11 +147,9 @@ def main(settings):
             for piece in pieces:
                 print(piece, end="", flush=True)
             print()
-    except ValueError as error:  # prompt and continuation exceed the model's positions
+    except ValueError as error:  # prompt and continuation exceed the model's positions; logits that are NaN
         sys.exit(str(error))
-    except KeyboardInterrupt:
-        print()
 
 
 if __name__ == "__main__":
-    main(load_settings("sample", Settings))
+    run(main, "sample", Settings)

@@ -14,23 +14,23 @@ import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-from plumbing.bins import open_corpus
-from plumbing.checkpoint import remove_old_checkpoints, resume, save_checkpoint
-from plumbing.devices import Ranks, StopSignal, lacks_compiler, set_up_device, to_device, training_dtype
+from plumbing.bins import identity, open_corpus
+from plumbing.checkpoint import Saver, restore, resume
+from plumbing.devices import lacks_compiler, set_up_device, to_device, training_dtype
 from plumbing.metrics import Log
 from plumbing.pretrained import find_model, newest_checkpoint
-from plumbing.settings import Count, Natural, NotNegative, Positive, load_settings
+from plumbing.ranks import Ranks, StopSignal, reports_lost_ranks
+from plumbing.settings import Count, Natural, NotNegative, Positive, flatten, run
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from model import SmolLM2, SmolLM2Config, training_flops
 
-# A run from scratch follows the pretraining of SmolLM2-135M. The published 8192 positions came from a later stage.
+# A run from scratch follows the pretraining of SmolLM2-135M. The published 8192 positions, with the larger rope_theta,
+# came from a later stage.
 FROM_SCRATCH = SmolLM2Config(vocab_size=0, max_position_embeddings=2048, rope_theta=10_000.0)
 
 
@@ -42,7 +42,7 @@ class Settings:
     verify_data: bool = False  # read all of it first, and compare it with the sha256 that prepare.py noted
     out_dir: str = "out/smollm2"  # folder for metrics and checkpoints
     seq_len: Count = 2048  # tokens of a training window
-    micro_batch: Count = 8  # windows on one device at once: as many as its memory holds
+    micro_batch: Count = 8  # windows on one device at once; raise it as far as memory allows
     batch_tokens: Count = 1_048_576  # tokens of one optimizer step, over all devices and micro-batches
     max_steps: Count = 1000  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
@@ -64,7 +64,7 @@ class Settings:
     eval_tokens: Count = 1_048_576  # tokens of the validation data to evaluate on, the same each time
     save_interval: Count = 100  # steps between checkpoints
     keep_checkpoints: Count = 2  # how many of the newest stay
-    repeat_steps: Count | None = None  # train on the batches of the first so many steps again and again, to overfit
+    repeat_steps: Count | None = None  # train on the batches of the first N steps only, again and again, to overfit
     max_bad_steps: Count = 10  # stop after so many steps in a row whose loss or gradient is NaN or infinite
     timeout: Count = 600  # seconds that ranks wait for each other before they give up
     sample_interval: Natural = 100  # steps between samples of text; 0: none
@@ -136,16 +136,13 @@ def make_optimizers(model, settings, dtype):
     muon = settings.optimizer == "muon"
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    inside = {parameter for parameter in model.model.layers.parameters() if muon}
-    groups = [
-        {"params": [matrix for matrix in matrices if matrix not in inside], "weight_decay": settings.weight_decay},
-        {"params": norms, "weight_decay": 0.0},
-    ]
+    of_layers = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2 and muon]
+    others = [matrix for matrix in matrices if all(matrix is not one for one in of_layers)]
+    groups = [{"params": others, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if muon:
-        inside = [matrix for matrix in matrices if matrix in inside]
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        optimizers.append(Muon(inside, settings.learning_rate, settings.weight_decay, dtype=dtype))
+        optimizers.append(Muon(of_layers, settings.learning_rate, settings.weight_decay, dtype=dtype))
     return optimizers
 
 
@@ -162,17 +159,46 @@ def learning_rate(step, settings):
 # ---- What the loop calls now and then -------------------------------------------------------------------------------
 
 
+def make_model(settings, corpus, checkpoint):
+    """The model of a checkpoint, of --init_from, or a new one; exits with one sentence if it does not suit the data."""
+    try:
+        if checkpoint or settings.init_from != "scratch":
+            folder = checkpoint or find_model(settings.init_from)
+            model = SmolLM2.from_pretrained(folder)
+            corpus.check_tokenizer(folder)
+        else:
+            tokens = dict(bos_token_id=corpus.end_of_text, eos_token_id=corpus.end_of_text)
+            vocab_size = settings.model.vocab_size or corpus.vocab_size
+            model = SmolLM2(dataclasses.replace(settings.model, vocab_size=vocab_size, **tokens))
+    except ValueError as error:
+        sys.exit(str(error))
+    for name, value in vars(settings.model).items():
+        if settings.init_from != "scratch" and value not in (getattr(FROM_SCRATCH, name), getattr(model.config, name)):
+            has = getattr(model.config, name)
+            sys.exit(
+                f"--model.{name}={value} cannot change the model of --init_from={settings.init_from}, it is {has}."
+            )
+    if model.config.vocab_size < corpus.vocab_size or model.config.max_position_embeddings < settings.seq_len:
+        sys.exit(
+            f"the model has {model.config.vocab_size} tokens and {model.config.max_position_embeddings} positions, too "
+            f"few for the {corpus.vocab_size} tokens of the data, or for seq_len = {settings.seq_len}."
+        )
+    return model
+
+
 def compile_parts(model):
     """torch.compile the layers, all thirty with one piece of code since they differ in their weights alone, and the
-    loss."""
+    loss. DDP would have a layer cut where one of its buckets ends, but only in what is compiled inside of it: then a
+    resumed run, which does not begin with an evaluation, would compute with other rounding."""
+    torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
     model.loss = torch.compile(model.loss, dynamic=False)
 
 
 def evaluate(model, corpus, settings, ranks, device, autocast):
-    """The mean loss over the validation windows, in nats a token, and in bits a byte, which do not depend on the
-    tokenizer. Beside them stand the baselines. The model runs as in training, so what was compiled serves here too."""
+    """The mean loss over the validation windows, in nats per token, and in bits per byte, which do not depend on the
+    tokenizer; and the baselines. The model runs as in training, so what was compiled serves here too."""
     total = torch.zeros(2, device=device)  # nats, windows
     size = settings.micro_batch
     for first in ranks.progress(range(ranks.rank * size, len(corpus.val), ranks.size * size), "evaluation"):
@@ -185,14 +211,14 @@ def evaluate(model, corpus, settings, ranks, device, autocast):
             loss = model(to_device(inputs, device), to_device(targets, device)).detach()
         total += torch.stack([loss * count, torch.full_like(loss, count)])
     nats, windows = ranks.sum(total).tolist()
-    val_loss = nats / windows
-    return {"val_loss": val_loss, "val_bpb": val_loss / math.log(2) / corpus.bytes_per_token} | corpus.baselines
+    bits = nats * settings.seq_len / math.log(2)
+    return {"val_loss": nats / windows, "val_bpb": bits / corpus.val_bytes} | corpus.baselines
 
 
-def sample(model, tokenizer, settings, device, autocast):
-    """A continuation of the prompt, with the same random numbers each time, so that only the model changes."""
+def sample(model, tokenizer, prompt, settings, device, autocast):
+    """A continuation of the prompt, a list of ids, with the same random numbers each time, so that only the model
+    changes."""
     config = model.config
-    prompt = tokenizer.encode(settings.sample_prompt).ids or [config.bos_token_id]
     room = config.max_position_embeddings - len(prompt)
     generator = torch.Generator(device).manual_seed(settings.seed)
     with autocast, torch.compiler.set_stance("force_eager"):  # each length would be compiled anew
@@ -203,47 +229,43 @@ def sample(model, tokenizer, settings, device, autocast):
 # ---- The run --------------------------------------------------------------------------------------------------------
 
 
+@reports_lost_ranks
 def main(settings):
-    # Devices and ranks. torchrun starts this file once for each device; alone, it is rank 0 of 1.
-    ranks = Ranks()
+    # Ranks. torchrun starts this file once for each device; alone, it is rank 0 of 1.
+    ranks = Ranks(settings.timeout)
     windows_per_step = settings.batch_tokens // settings.seq_len
     share = windows_per_step // ranks.size  # windows of a step on this rank
     accumulation = share // settings.micro_batch  # micro-batches of a step on this rank
-    unit = settings.seq_len * settings.micro_batch * ranks.size
-    if settings.batch_tokens % unit:
-        sys.exit(
-            f"--batch_tokens={settings.batch_tokens} must be a multiple of seq_len x micro_batch x devices, "
-            f"{settings.seq_len} x {settings.micro_batch} x {ranks.size}: "
-            f"{max(1, round(settings.batch_tokens / unit)) * unit} is one."
-        )
-    device = set_up_device(settings.device, ranks.local_rank)
-    dtype = training_dtype(settings.dtype, device)
-    ranks.join(device, settings.timeout)
 
-    # Data.
-    corpus = open_corpus(settings.data_dir, settings.seq_len, settings.seed, settings.eval_tokens, settings.verify_data)
+    with ranks.together():  # what is refused on one of them ends all, and is said once
+        unit = settings.seq_len * settings.micro_batch * ranks.size
+        if settings.batch_tokens % unit:
+            sys.exit(
+                f"--batch_tokens={settings.batch_tokens} must be a multiple of seq_len x micro_batch x devices, "
+                f"{settings.seq_len} x {settings.micro_batch} x {ranks.size}: "
+                f"{max(1, round(settings.batch_tokens / unit)) * unit} is one."
+            )
+        device = set_up_device(settings.device, ranks.local_rank)
+        dtype = training_dtype(settings.dtype, device)
 
-    # Model: from the run's newest checkpoint, from another checkpoint, or new.
-    checkpoint, state = resume(settings, corpus.shards)
-    step = state["step"] if state else 0
-    torch.manual_seed(settings.seed)
-    try:
-        if checkpoint or settings.init_from != "scratch":
-            folder = checkpoint or find_model(settings.init_from)
-            model = SmolLM2.from_pretrained(folder)
-            corpus.check_tokenizer(folder)
-        else:
-            tokens = dict(bos_token_id=corpus.end_of_text, eos_token_id=corpus.end_of_text)
-            vocab_size = settings.model.vocab_size or corpus.vocab_size
-            model = SmolLM2(dataclasses.replace(settings.model, vocab_size=vocab_size, **tokens))
-    except ValueError as error:
-        sys.exit(str(error))
-    config = model.config
-    if config.vocab_size < corpus.vocab_size or config.max_position_embeddings < settings.seq_len:
-        sys.exit(
-            f"the model has {config.vocab_size} tokens and {config.max_position_embeddings} positions, too few for the "
-            f"{corpus.vocab_size} tokens of the data, or for seq_len = {settings.seq_len}."
-        )
+        # Data, and the checkpoint to continue from: (None, None) for a new run.
+        checkpoint, state = resume(settings, device, ranks.rank == 0)
+        step = state["step"] if state else 0
+        of_data = settings.data_dir, settings.seq_len, settings.seed, settings.eval_tokens, settings.verify_data
+        corpus = open_corpus(*of_data, state["data"] if state else None)
+
+        # Model: from the run's newest checkpoint, from another checkpoint, or new.
+        torch.manual_seed(settings.seed)
+        model = make_model(settings, corpus, checkpoint)
+        prompt = corpus.tokenizer.encode(settings.sample_prompt).ids or [model.config.bos_token_id]
+        if settings.sample_interval and len(prompt) >= model.config.max_position_embeddings:
+            sys.exit(
+                f"--sample_prompt has {len(prompt)} tokens, and leaves none of the model's positions for a sample."
+            )
+        flops = training_flops(model.config, settings.seq_len)
+        log = Log(settings, ranks, corpus.train, device, flops, step if state else None)
+    shared = {name: value for name, value in flatten(vars(settings)) if not name.endswith("_dir")}
+    ranks.agree({"step": step} | identity(corpus.shards) | shared)
     model.to(device)
     model.recompute = settings.recompute_activations
     if settings.compile and (reason := lacks_compiler(device)):
@@ -252,26 +274,15 @@ def main(settings):
         ranks.say("compiling: the first step waits for it")
         compile_parts(model)
     replica = model
-    if ranks.size > 1:  # averages gradients over the ranks while the backward pass still runs
-        replica = DistributedDataParallel(model, device_ids=[ranks.local_rank] if device.type == "cuda" else None)
+    if ranks.size > 1:  # averages gradients over the ranks while the backward pass still runs, in its own buffers
+        replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
 
     # Optimizer.
     optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if state:
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        if state["scaler"]:  # empty, unless the run was in float16
-            scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["rng"])
+    owed = restore(state, optimizers, scaler) if state else True  # an evaluation of the step to begin with
 
-    # Log.
-    if ranks.rank == 0:
-        Path(settings.out_dir).mkdir(parents=True, exist_ok=True)
-        remove_old_checkpoints(settings)
-    flops = training_flops(config, settings.seq_len)
-    log = Log(settings, ranks, corpus.train, device, flops, step if state else None)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ranks.say(f"{parameters:,} parameters, {dtype} on {ranks.size} x {device.type}")
     ranks.say(f"{windows_per_step} windows of {settings.seq_len} tokens a step, {corpus.train.per_epoch:,} in an epoch")
@@ -281,9 +292,9 @@ def main(settings):
         ranks.say("warmup_steps and decay_steps are more than max_steps: the learning rate does not reach its peak")
 
     # The loop.
-    stop = StopSignal(ranks.say)
-    first_step, bad_steps, stopping, saved = step, 0, False, True
-    if step == 0:
+    stop, save = StopSignal(ranks.rank), Saver(settings, corpus, model, optimizers, scaler)
+    first_step, bad_steps, stopping = step, 0, False
+    if owed:
         log(step, **evaluate(model, corpus, settings, ranks, device, autocast))
     while step < settings.max_steps and not stopping:
         start = time.perf_counter()
@@ -322,6 +333,7 @@ def main(settings):
             bad_steps += 1
             ranks.say(f"step {step + 1} is skipped: its loss is {loss}, its grad_norm {grad_norm}")
             if bad_steps == settings.max_bad_steps:
+                save.finish()
                 sys.exit(
                     f"{bad_steps} steps in a row were NaN or infinite; the last good checkpoint is "
                     f"{newest_checkpoint(settings.out_dir) or 'none yet'}: continue from it with a lower "
@@ -329,37 +341,32 @@ def main(settings):
                 )
         scaler.update()
         for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=ranks.size == 1)  # DDP's buffers stay
         step += 1
         if step > first_step + 1:  # the first one waits for the compiler
             log.timed(time.perf_counter() - start)
 
-        # Log, evaluate, sample, save.
+        # Evaluate, log, save, sample. A run that is asked to stop leaves the evaluation to its continuation.
         finished, evaluation = step == settings.max_steps, {}
-        if (finished or step % settings.eval_interval == 0) and not stopping:
-            evaluation = evaluate(model, corpus, settings, ranks, device, autocast)
-        if evaluation or stopping or step % settings.log_interval == 0 or step == first_step + 1:
-            log(step, loss, rate, grad_norm, **evaluation)
-        if ranks.rank == 0 and settings.sample_interval and step % settings.sample_interval == 0 and not stopping:
-            ranks.say(f"\n{sample(model, corpus.tokenizer, settings, device, autocast)}\n")
+        owed = finished or step % settings.eval_interval == 0
+        if owed and (finished or not stopping):
+            owed, evaluation = False, evaluate(model, corpus, settings, ranks, device, autocast)
+        log(step, loss, rate, grad_norm, **evaluation)
+        metrics = {"loss": loss} | evaluation
         due = step % settings.save_interval == 0 and not bad_steps  # what led to a bad step may be bad already
-        if ranks.rank == 0 and (finished or stopping or due):
-            state = dict(optimizers=[optimizer.state_dict() for optimizer in optimizers])
-            state |= dict(scaler=scaler.state_dict(), rng=torch.get_rng_state())
-            saved = save_checkpoint(settings, step, model, corpus, state, {"loss": loss} | evaluation)
+        if ranks.rank == 0 and due and not (finished or stopping):
+            save(step, owed, metrics, settings.timeout / 2)
+        if ranks.rank == 0 and settings.sample_interval and step % settings.sample_interval == 0:
+            ranks.say(f"\n{sample(model, corpus.tokenizer, prompt, settings, device, autocast)}\n")
 
-    ranks.leave()
-    if not saved:
+    ranks.leave()  # the others need not wait for the last save
+    if ranks.rank == 0 and step > first_step:
+        save(step, owed, metrics)
+    if not save.finish():
         sys.exit(1)
     newest = newest_checkpoint(settings.out_dir)
     ranks.say(f"{newest} is the last checkpoint; continue a text with python sample.py --model={settings.out_dir}")
 
 
 if __name__ == "__main__":
-    settings = load_settings("train", Settings)
-    try:
-        main(settings)
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        sys.exit(f"a rank died, or let the others wait for more than --timeout={settings.timeout} seconds: {error}")
+    run(main, "train", Settings, "stopped; --resume=True continues from the newest checkpoint")

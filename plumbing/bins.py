@@ -1,75 +1,21 @@
-"""Tokens on disk, and the windows made of them.
+"""Tokens on disk as training data: the bins of a folder, and the windows made of them.
 
-prepare.py writes each file of a corpus as a shard: train-NNNNN.bin and val-NNNNN.bin, token numbers and nothing else,
-and shard-NNNNN.json, which says what they are. train.py maps the bins into memory and cuts them into windows of seq_len
-+ 1 tokens: the first seq_len are inputs, the last seq_len targets, so that each token's target is the one after it.
+train.py maps the bins that prepare.py wrote into memory and cuts them into windows of seq_len + 1 tokens: the first
+seq_len are inputs, the last seq_len targets, so that each token's target is the one after it.
 """
 
-import hashlib
 import json
 import os
-import secrets
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from plumbing.ranks import say
+from plumbing.shards import SPLITS, read_shard_json, sha256
+
 import numpy as np
 import torch
 from tokenizers import Tokenizer
-
-SPLITS = ("train", "val")
-
-# ---- A shard: written, read, judged ---------------------------------------------------------------------------------
-
-
-def shard_path(folder, index):
-    return Path(folder, f"shard-{index:05d}.json")
-
-
-def write_whole(path, content):
-    """Write a file so that it is there whole or not at all."""
-    temporary = f"{path}.{secrets.token_hex(4)}.tmp"
-    with open(temporary, "xb") as file:
-        file.write(content)
-    os.replace(temporary, path)
-
-
-def write_shard_json(path, shard):
-    write_whole(path, (json.dumps(shard, indent=2) + "\n").encode())
-
-
-def read_shard_json(path):
-    """What a shard says of itself; exits if it is not what prepare.py writes."""
-    try:
-        shard = json.loads(path.read_bytes())
-        whole = shard.keys() >= {"tokenizer_sha256", "vocab_size", *SPLITS}
-        whole = whole and all(shard[split].keys() >= {"tokens", "bytes", "sha256"} for split in SPLITS)
-    except (ValueError, AttributeError):
-        whole = False
-    if not whole:
-        sys.exit(f"{path} is damaged; remove it and prepare the shard again.")
-    return shard
-
-
-def check_made_alike(path, origin):
-    """Exit if a shard that is there already was made otherwise than the settings ask for now."""
-    made = read_shard_json(path)
-    for name, value in origin.items():
-        if name == "tokenizer" and not value.startswith("train:"):
-            continue  # tokenizer_sha256 says more than a name
-        if made.get(name) != value:
-            sys.exit(
-                f"{path} was made with {name} = {made.get(name)}, and now it is {value}; take another --data_dir, or "
-                "remove that file to make the shard again."
-            )
-
-
-def sha256(path):
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# ---- A corpus: all shards of a folder --------------------------------------------------------------------------------
 
 
 @dataclass
@@ -79,11 +25,11 @@ class Corpus:
     shards: dict  # file name -> what the shard says of itself
     train: "Windows"
     val: torch.Tensor  # (n, seq_len + 1) int64, the windows of every evaluation
+    val_bytes: int  # of the text that their targets stand for, UTF-8
     tokenizer_file: Path
     tokenizer: Tokenizer
     vocab_size: int
-    bytes_per_token: float  # of the validation text, UTF-8
-    baselines: dict  # unigram_loss and bigram_loss, in nats: see baselines in prepare.py
+    baselines: dict  # unigram_loss and bigram_loss, in nats: see plumbing/baselines.py
 
     @property
     def end_of_text(self):
@@ -102,12 +48,32 @@ class Corpus:
             )
 
 
-def open_corpus(data_dir, seq_len, seed, eval_tokens, verify=False):
-    """The corpus in a folder; exits with one sentence if it is missing, damaged, mixed, or too small."""
+def identity(shards):
+    """What makes shards the same data, {name: value}: tokens and hashes, not where and when they were made."""
+    bins = {f"{name}, {split}": shard[split] for name, shard in shards.items() for split in SPLITS}
+    return {name: (bin["tokens"], bin["sha256"]) for name, bin in bins.items()}
+
+
+def open_corpus(data_dir, seq_len, seed, eval_tokens, verify=False, listed=None):
+    """The corpus in a folder; exits with one sentence if it is missing, damaged, mixed, or too small.
+
+    listed are the shards of the run that is continued: they must be the same, and others are left out.
+    """
     folder = Path(data_dir)
     shards = {path.name: read_shard_json(path) for path in sorted(folder.glob("shard-*.json"))}
     if not shards:
         sys.exit(f"{data_dir} holds no shard-NNNNN.json: run prepare.py with --data_dir={data_dir} first.")
+    if listed:
+        now = identity(shards)
+        for name, value in identity(listed).items():
+            if now.get(name) != value:
+                sys.exit(
+                    f"{data_dir}: {name} has {now.get(name)} tokens and sha256, and the run that is to be resumed had "
+                    f"{value}: bring that file back, or begin another run with --init_from."
+                )
+        if more := shards.keys() - listed.keys():
+            say(f"{data_dir} has {len(more)} shards that this run did not begin with; they are left out")
+        shards = {name: shards[name] for name in listed}
     vocab_size = max(shard["vocab_size"] for shard in shards.values())
     bins = open_bins(folder, shards, verify)
     train = Windows(bins["train"], seq_len, seed, vocab_size)
@@ -121,16 +87,30 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, verify=False):
     tokenizer_file = folder / "tokenizer.json"
     if not tokenizer_file.exists():
         sys.exit(f"{tokenizer_file} is missing, which prepare.py writes beside the bins.")
+    if sha256(tokenizer_file) != shards[min(shards)]["tokenizer_sha256"]:
+        sys.exit(
+            f"{tokenizer_file} is not the one that the bins were made with; bring that back, or prepare them again."
+        )
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    counts = [shard["val"] for shard in shards.values()]
-    tokens = sum(count["tokens"] for count in counts)
-    bytes_per_token = sum(count["bytes"] for count in counts) / tokens
+    counts = [shard["val"] for shard in shards.values() if "unigram_loss" in shard["val"]]
+    tokens = [count["tokens"] for count in counts]
     baselines = {
-        name: sum(count[name] * count["tokens"] for count in counts) / tokens
+        name: float(np.average([count[name] for count in counts], weights=tokens))
         for name in ("unigram_loss", "bigram_loss")
-        if all(name in count for count in counts)
+        if counts
     }
-    return Corpus(shards, train, val, tokenizer_file, tokenizer, vocab_size, bytes_per_token, baselines)
+    val_bytes = count_bytes(tokenizer, val[:, 1:].numpy())
+    return Corpus(shards, train, val, val_bytes, tokenizer_file, tokenizer, vocab_size, baselines)
+
+
+def count_bytes(tokenizer, windows):
+    """The bytes of UTF-8 text that windows (n, T) of tokens stand for. Special tokens are no text."""
+    special = {id for id, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if '"ByteLevel"' in json.dumps(json.loads(tokenizer.to_str())["decoder"]):  # a character for each byte
+        lengths = {id: len(token) for token, id in tokenizer.get_vocab().items() if id not in special}
+        ids, counts = np.unique(windows, return_counts=True)
+        return sum(lengths.get(int(id), 0) * int(count) for id, count in zip(ids, counts, strict=True))
+    return sum(len(text.encode()) for text in tokenizer.decode_batch(windows.tolist()))
 
 
 def open_bins(folder, shards, verify):

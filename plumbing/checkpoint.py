@@ -6,38 +6,49 @@ weights_only=True, so no pickle is ever executed.
 """
 
 import dataclasses
-import json
 import os
-import re
 import shutil
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from plumbing.pretrained import list_checkpoints, newest_checkpoint, write_json
+from plumbing.card import model_card
+from plumbing.files import lock, rename_whole
+from plumbing.pretrained import list_checkpoints, newest_checkpoint, write_json, write_model
+from plumbing.ranks import say
 from plumbing.settings import flatten
 
 import torch
 from safetensors import SafetensorError
 
 # What a resumed run must keep. Everything else may change: steps, rates, intervals, the micro-batch, the devices.
-KEPT = ("seed", "seq_len", "batch_tokens", "optimizer", "model")
+KEPT = ("seed", "seq_len", "batch_tokens", "optimizer", "repeat_steps", "model")
 
 # ---- Resuming -------------------------------------------------------------------------------------------------------
 
 
-def resume(settings, shards):
+def claim(out_dir):
+    """Keep other runs out of the folder of this one, as long as this process lives."""
+    lock(Path(out_dir, ".lock"), f"{out_dir} is in use by another run; take another --out_dir.")
+
+
+def resume(settings, device, first):
     """The newest checkpoint of out_dir and the trainer's state in it, or (None, None) for a new run. Exits with one
-    sentence where the two would mix, or where the run would continue with other data or another model."""
+    sentence where the two would mix, or where the run would continue as another. The first rank claims the folder."""
     out_dir = Path(settings.out_dir)
     checkpoint = newest_checkpoint(out_dir) if out_dir.is_dir() else None
     if (checkpoint or (out_dir / "metrics.jsonl").exists()) and not settings.resume:
         sys.exit(f"{out_dir} already holds a run: continue it with --resume=True, or take another --out_dir.")
     if not checkpoint:
         return None, None
-    state = load_state(checkpoint)
-    then = {name: state["settings"][name] for name in KEPT} | {"data": state["data"]}
-    now = {name: value for name, value in dataclasses.asdict(settings).items() if name in KEPT} | {"data": shards}
-    then, now = dict(flatten(then)), dict(flatten(now))
+    if first:
+        claim(out_dir)
+        checkpoint = newest_checkpoint(out_dir)  # before this, another run may have gone on
+    state = load_state(checkpoint, device)
+    then, now = (
+        dict(flatten({name: values.get(name) for name in KEPT})) for values in (state["settings"], vars(settings))
+    )
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             sys.exit(
@@ -47,11 +58,12 @@ def resume(settings, shards):
     return checkpoint, state
 
 
-def load_state(checkpoint):
-    """The trainer's state; exits if the file has none."""
+def load_state(checkpoint, device="cpu"):
+    """The trainer's state; exits if the file has none. For a GPU the file is mapped, not read: ranks on one machine
+    share that memory, and it is free again when all is on the devices."""
     path = os.path.join(checkpoint, "trainer_state.pt")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=str(device) != "cpu")
     except Exception as error:  # whatever a damaged or foreign file sets off inside of the library
         sys.exit(
             f"{path} cannot be read ({type(error).__name__}); to continue from the checkpoint before it, remove "
@@ -62,37 +74,92 @@ def load_state(checkpoint):
     return state
 
 
+def restore(state, optimizers, scaler):
+    """Continue optimizers and scaler from a state, which is emptied, with the settings of today. Returns whether the
+    evaluation of its step is still to be made."""
+    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+        optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
+    if state["scaler"]:  # empty, unless the run was in float16
+        scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"])
+    return state.get("owed", False)
+
+
 # ---- Saving ---------------------------------------------------------------------------------------------------------
 
 
-def save_checkpoint(settings, step, model, corpus, state, metrics):
+class Saver:
+    """Saves checkpoints from a copy in memory, in a thread, while training goes on. The copy takes as much as weights
+    and optimizer, 12 bytes for each parameter."""
+
+    def __init__(self, settings, corpus, model, optimizers, scaler):
+        self.settings, self.corpus, self.model, self.optimizers, self.scaler = (
+            settings,
+            corpus,
+            model,
+            optimizers,
+            scaler,
+        )
+        self.thread, self.last = ThreadPoolExecutor(1), None
+        if os.path.isdir(settings.out_dir):
+            remove_old_checkpoints(settings)
+
+    def __call__(self, step, owed, metrics, patience=None):
+        """owed: whether the evaluation of this step is left to the run that continues. metrics are for the card.
+        patience: seconds to wait for the save before this one, so that other ranks do not take this one for dead."""
+        start = time.perf_counter()
+        try:
+            self.finish(patience)
+        except TimeoutError:
+            return say(f"checkpoint-{step:06d} is left out: the one before it is still being written")
+        tensors = copied(dict(self.model.named_parameters()))
+        state = dict(step=step, owed=owed, settings=dataclasses.asdict(self.settings), data=self.corpus.shards)
+        state |= dict(optimizers=copied([optimizer.state_dict() for optimizer in self.optimizers]))
+        state |= dict(scaler=self.scaler.state_dict(), rng=torch.get_rng_state())
+        args = self.settings, step, self.model.config, tensors, self.corpus, state, metrics
+        self.last = self.thread.submit(save_checkpoint, *args, start, time.perf_counter() - start)
+
+    def finish(self, timeout=None):
+        """Wait for the last save, for so many seconds or without end; whether it went well."""
+        return self.last is None or self.last.result(timeout)
+
+
+def copied(values):
+    """Tensors inside of dicts and lists, copied to the memory of the CPU."""
+    if isinstance(values, dict):
+        return {name: copied(value) for name, value in values.items()}
+    if isinstance(values, list):
+        return [copied(value) for value in values]
+    return values.detach().to("cpu", copy=True) if isinstance(values, torch.Tensor) else values
+
+
+def save_checkpoint(settings, step, config, tensors, corpus, state, metrics, start, waited):
     """Save checkpoint-NNNNNN beside its final name, and rename it once all of it is on the disk: under that name there
     is never a broken one. Then remove all but the newest. Returns whether that went well: a full disk costs the run one
     checkpoint, not its life."""
     final = Path(settings.out_dir, f"checkpoint-{step:06d}")
     temporary = Path(f"{final}.tmp")
-    state |= {"step": step, "settings": dataclasses.asdict(settings), "data": corpus.shards}
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>")
-    length = {"model_max_length": model.config.max_position_embeddings}
+    length = {"model_max_length": config.max_position_embeddings}
     try:
-        model.save_pretrained(temporary)
+        write_model(temporary, config, tensors)
         shutil.copyfile(corpus.tokenizer_file, temporary / "tokenizer.json")
         tokenizer_config = {"tokenizer_class": "PreTrainedTokenizerFast"} | special | length
         write_json(temporary / "tokenizer_config.json", tokenizer_config)
-        card = model_card(model, settings, corpus.shards, step, metrics)
+        card = model_card(config, tensors, settings, corpus.shards, step, metrics)
         (temporary / "README.md").write_text(card, encoding="utf-8")
         with open(temporary / "trainer_state.pt", "wb") as file:  # Python's file says what is wrong with the disk
             torch.save(state, file)
-        for path in temporary.iterdir():
-            with open(path, "r+b") as file:  # Windows flushes only what is open for writing
-                os.fsync(file.fileno())
-        os.rename(temporary, final)
+        size = sum(path.stat().st_size for path in temporary.iterdir())
+        rename_whole(temporary, final)
         remove_old_checkpoints(settings)
     except (OSError, RuntimeError, SafetensorError) as error:  # the writers have types of their own for a full disk
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).splitlines()[0]
-        print(f"{final} could not be saved: {reason}; the checkpoint before it is whole", file=sys.stderr, flush=True)
+        say(f"{final} could not be saved: {reason}; the checkpoint before it is whole", sys.stderr)
         return False
+    took = time.perf_counter() - start
+    say(f"saved {final}: {size / 1e6:,.1f} MB in {took:.2f} s, of which training waited {waited:.2f} s")
     return True
 
 
@@ -102,75 +169,3 @@ def remove_old_checkpoints(settings):
         os.rename(checkpoint, f"{checkpoint}.tmp")  # at once no checkpoint any more, however long its removal takes
     for leftover in Path(settings.out_dir).glob("checkpoint-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-
-
-# ---- The model card -------------------------------------------------------------------------------------------------
-
-CARD = """---
-{front}
----
-
-# {name}
-
-A language model of {parameters:,} parameters with the architecture of SmolLM2, trained with the code of *SmolLM2 from
-scratch*. It continues texts of the kind that it was trained on; it was not trained to follow instructions.
-
-| | |
-|---|---|
-{rows}
-
-```python
-from transformers import pipeline
-
-model = "."  # this folder, or its name on the hub
-print(pipeline("text-generation", model)({prompt})[0]["generated_text"])
-```
-
-The settings of the run:
-
-```json
-{settings}
-```
-"""
-
-
-def model_card(model, settings, shards, step, metrics):
-    """The card as Markdown: what the model was trained on, how far, how to use it. No paths of the machine."""
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    datasets = sorted({repository(shard) for shard in shards.values() if repository(shard)})
-    front += ["datasets:", *(f"- {dataset}" for dataset in datasets)] if datasets else []
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.init_from) and not Path(settings.init_from).exists():
-        front.append(f"base_model: {settings.init_from}")
-    rows = {
-        "data": "<br>".join(map(origin, shards.values())),
-        "tokens of the data": f"{sum(shard['train']['tokens'] for shard in shards.values()):,}",
-        "tokens trained on": f"{step * settings.batch_tokens:,}, in {step:,} steps",
-        "training loss, nats a token": metrics.get("loss"),
-        "validation loss, nats a token": metrics.get("val_loss"),
-        "validation, bits a byte": metrics.get("val_bpb"),
-    }
-    rows = {name: f"{value:.4f}" if isinstance(value, float) else value for name, value in rows.items() if value}
-    used = dataclasses.asdict(settings) | {"model": dataclasses.asdict(model.config)}
-    for name in ("data_dir", "out_dir", "device", "init_from", "resume", "log_to"):
-        del used[name]
-    return CARD.format(
-        front="\n".join(front),
-        name=Path(settings.out_dir).resolve().name,
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
-        rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        prompt=json.dumps(settings.sample_prompt),
-        settings=json.dumps(used, indent=2),
-    )
-
-
-def repository(shard):
-    """The dataset on the hub that a shard was made from, or None: only there is a revision a commit."""
-    from_hub = re.fullmatch("[0-9a-f]{40}", str(shard.get("revision")))
-    return "/".join(shard["source"].split("/")[:2]) if from_hub else None
-
-
-def origin(shard):
-    """A shard's file: on the hub with repository and commit, here without the folders it lies in."""
-    if repository(shard):
-        return f"{repository(shard)}, {shard['file']} at {shard['revision'][:7]}"
-    return Path(str(shard.get("file"))).name

@@ -1,21 +1,14 @@
-"""Device, dtype, compiler; ranks and signals.
-
-A rank is one of several processes that train together, each on a device of its own.
-"""
+"""Device, dtype and compiler: what the machine computes with."""
 
 import contextlib
 import ctypes
-import datetime
 import os
 import re
 import shutil
-import signal
 import sys
 import sysconfig
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 # ---- Device ---------------------------------------------------------------------------------------------------------
 
@@ -145,54 +138,3 @@ def recorded(step):
         return result
 
     return replay
-
-
-# ---- Ranks and signals ----------------------------------------------------------------------------------------------
-
-
-class Ranks:
-    """The processes that train together. torchrun starts them and tells each its rank; alone, one is rank 0 of 1."""
-
-    def __init__(self):
-        self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-        self.size = int(os.environ.get("WORLD_SIZE", 1))
-
-    def join(self, device, timeout):
-        """Meet the others; whoever waits longer than timeout seconds for them takes them for dead, and ends the job."""
-        if self.size > 1:
-            backend = "nccl" if device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout))
-
-    def sum(self, tensor):
-        """Add up a tensor over all ranks, in place."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
-
-    def leave(self):
-        if self.size > 1:
-            dist.barrier()  # rank 0 may still be saving; and a rank that left in haste could trip over its own threads
-            dist.destroy_process_group()
-
-    def say(self, text):
-        """Print once, not once a rank."""
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def progress(self, items, doing):
-        """The items, with a bar where they take more than a second and a person watches a terminal."""
-        return tqdm(items, doing, leave=False, delay=1, disable=None if self.rank == 0 else True)
-
-
-class StopSignal:
-    """Ctrl-C, and a scheduler's SIGTERM, let a step end and be saved: asked becomes True. The second stops at once."""
-
-    def __init__(self, say):
-        self.asked, self.say = False, say
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
-
-    def ask(self, number, frame):
-        self.asked = True
-        self.say("stopping after this step, to save it; ask again to stop at once")
-        signal.signal(number, signal.SIG_DFL)

@@ -5,39 +5,49 @@ import dataclasses
 import datetime
 import json
 import math
-import os
 import sys
+import time
 from pathlib import Path
 
+from plumbing.checkpoint import claim
 from plumbing.devices import peak_flops
+from plumbing.files import write_whole
+from plumbing.ranks import say
 
 
 class Log:
-    """log(step, ...) writes what is given, and what follows from the step: tokens, epochs, tokens a second, MFU.
+    """log(step, ...) writes what is given, and what follows from it: tokens, epochs, tokens per second, MFU. Every step
+    is in the file; the screen has one in log_interval, and those that were evaluated.
 
     MFU is the fraction of a device's peak that goes into the operations which training needs (Chowdhery et al. 2022,
-    arXiv 2204.02311, appendix B); flops_per_token are those of one token.
+    arXiv 2204.02311, appendix B).
     """
 
     def __init__(self, settings, ranks, windows, device, flops_per_token, step=None):
         """step is that of the checkpoint that the run continues: what was written after it will be written again."""
         self.settings, self.ranks, self.peak = settings, ranks, peak_flops(device)
-        self.flops_per_token, self.epoch_tokens = flops_per_token, windows.per_epoch * windows.seq_len
-        self.steps, self.seconds = 0, 0.0  # since the last line
+        self.flops_per_token = flops_per_token
+        self.epoch_tokens = windows.per_epoch * windows.seq_len  # of different ones, without end if none comes again
+        if settings.repeat_steps:
+            self.epoch_tokens = min(self.epoch_tokens, settings.repeat_steps * settings.batch_tokens)
+        self.first_step, self.steps, self.seconds = step or 0, 0, 0.0  # the last two: since a line of the screen
+        self.last, self.clock = None, None
         self.path = Path(settings.out_dir) / "metrics.jsonl"
         if ranks.rank == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            claim(settings.out_dir)
             rewind(self.path, -1 if step is None else step)
             self.track = TRACKERS[settings.log_to](settings, step or 0)
+        if self.peak:
+            ranks.say(f"MFU is of {self.peak / 1e12:,.0f} Tflop/s, with causal attention counted by half")
 
     def timed(self, seconds):
-        """Count a step of so many seconds into the speed of the next line."""
-        self.steps, self.seconds = self.steps + 1, self.seconds + seconds
+        """Count a step of so many seconds into the speed."""
+        self.steps, self.seconds, self.last = self.steps + 1, self.seconds + seconds, seconds
 
     def __call__(self, step, loss=None, learning_rate=None, grad_norm=None, **evaluation):
         """In metrics.jsonl, null is what was not measured or is not finite."""
-        settings, tokens = self.settings, step * self.settings.batch_tokens
-        speed = self.steps * settings.batch_tokens / self.seconds if self.steps else None
-        peak = self.peak and self.peak * self.ranks.size
+        tokens, per_step = step * self.settings.batch_tokens, self.settings.batch_tokens
         metrics = {
             "step": step,
             "loss": loss,
@@ -45,24 +55,32 @@ class Log:
             "grad_norm": grad_norm,
             "tokens": tokens,
             "epoch": tokens / self.epoch_tokens,
-            "unique_tokens": min(tokens, self.epoch_tokens, (settings.repeat_steps or step) * settings.batch_tokens),
-            "tokens_per_second": speed,
-            "mfu": speed * self.flops_per_token / peak if speed and peak else None,
+            "unique_tokens": min(tokens, self.epoch_tokens),
+            "tokens_per_second": per_step / self.last if self.last else None,
+            "mfu": self.mfu(per_step / self.last) if self.last else None,
         } | evaluation
-        self.steps, self.seconds = 0, 0.0
+        self.last = None
         if self.ranks.rank > 0:
             return
-        print(" | ".join(self.words(metrics, evaluation)), flush=True)
+        shown = evaluation or step % self.settings.log_interval == 0 or step == self.settings.max_steps
+        if shown or step == self.first_step + 1:
+            say(" | ".join(self.words(metrics, evaluation)))
+            self.steps, self.seconds = 0, 0.0
+        if self.clock is None and loss is not None:  # the first step is done, and what it waited for
+            self.clock = step, time.perf_counter()
         metrics = {name: value if value is None or math.isfinite(value) else None for name, value in metrics.items()}
         try:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(metrics) + "\n")
             self.track({name: value for name, value in metrics.items() if value is not None})
         except OSError as error:  # a full disk costs a line, not the run
-            print(f"{self.path} could not be written: {error.strerror}", flush=True)
+            say(f"{self.path} could not be written: {error.strerror}")
+
+    def mfu(self, tokens_per_second):
+        return tokens_per_second * self.flops_per_token / (self.peak * self.ranks.size) if self.peak else None
 
     def words(self, metrics, evaluation):
-        step, last, speed = metrics["step"], self.settings.max_steps, metrics["tokens_per_second"]
+        step, last = metrics["step"], self.settings.max_steps
         yield f"step {step}/{last}"
         if metrics["loss"] is not None:
             yield f"loss {metrics['loss']:.4f}"
@@ -70,12 +88,15 @@ class Log:
             yield f"grad_norm {metrics['grad_norm']:.2f}"
         for name, value in evaluation.items():
             yield f"{name} {value:.4f}"
-        if speed:
+        if self.steps:
+            speed = self.steps * self.settings.batch_tokens / self.seconds
             yield f"{speed:,.0f} tokens/s"
-        if metrics["mfu"]:
-            yield f"{metrics['mfu']:.1%} MFU"
-        if speed and step < last:
-            yield f"{datetime.timedelta(seconds=round((last - step) * self.settings.batch_tokens / speed))} left"
+            if self.peak:
+                yield f"{self.mfu(speed):.1%} MFU"
+        if self.clock and self.clock[0] < step < last:  # by the clock, so with evaluations, samples and saves
+            first, since = self.clock
+            left = (time.perf_counter() - since) / (step - first) * (last - step)
+            yield f"{datetime.timedelta(seconds=round(left))} left"
 
 
 def rewind(path, step):
@@ -85,9 +106,7 @@ def rewind(path, step):
         with contextlib.suppress(ValueError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_whole(path, "".join(kept).encode())
 
 
 # ---- Trackers: packages of their own, imported only when asked for --------------------------------------------------

@@ -35,11 +35,27 @@ Probability = Annotated[float, Bound("above 0 and at most 1", lambda value: 0 < 
 Fraction = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= value < 1)]
 
 
-def load_settings(section, cls, argv=None):
-    """The dataclass cls from the section of a recipe and the command line; exits with one sentence for bad input."""
+def run(main, section, cls, interrupted=""):
+    """Run the main of a script with its settings. Ctrl-C ends it with a sentence, and a closed pipe, as of `| head`,
+    with nothing."""
     for stream in (sys.stdout, sys.stderr):  # a console need not have every character that a model writes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
+    try:
+        main(load_settings(section, cls))
+    except KeyboardInterrupt:
+        sys.exit(interrupted or 130)  # as shells do
+    except BrokenPipeError:
+        pass
+    finally:
+        try:
+            sys.stdout.flush()
+        except OSError:  # what could not be printed is given up; Python would try once more and call that an error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def load_settings(section, cls, argv=None):
+    """The dataclass cls from the section of a recipe and the command line; exits with one sentence for bad input."""
     args = list(sys.argv[1:] if argv is None else argv)
     if files := [arg for arg in args if not arg.startswith("-")]:
         args.remove(files[0])

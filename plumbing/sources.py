@@ -4,59 +4,68 @@
 read ends the program with one sentence.
 """
 
-import ast
 import glob
 import hashlib
-import importlib.metadata
-import importlib.util
 import itertools
 import json
 import logging
 import os
+import queue
 import re
 import sys
-import sysconfig
-import warnings
+import threading
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
+
+from plumbing import python_docs
+from plumbing.hub import hub_errors, list_parquet
 
 
 @dataclass
 class File:
-    """One file of a source."""
+    """One file of a source, or all of its text files together."""
 
     name: str
     revision: str  # what tells this content from another under the same name
     texts: Callable  # () -> iterator of str, None where a document has no text
+    count: Callable = lambda: None  # () -> how many texts there are, None where only reading them tells
 
 
 def list_files(source, revision=None):
     """The files of the source, in the order in which shards are numbered, and which of them are meant by default."""
     if source == "python-docs":
-        versions = [f"python {sys.version.split()[0]}"]
-        versions += [f"{name} {importlib.metadata.version(name)}" for name in ("numpy", "torch")]
-        return [File(source, ", ".join(versions), python_docs)], "0"
+        return [File(source, python_docs.version(), python_docs.texts, lambda: len(python_docs.texts()))], "0"
     pattern = os.path.join(glob.escape(source), "**") if os.path.isdir(source) else source
-    paths = [source] if os.path.isfile(source) else sorted(glob.glob(pattern, recursive=True))
-    readers = {".jsonl": jsonl_texts, ".parquet": parquet_texts}
+    found = [source] if os.path.isfile(source) else sorted(glob.glob(pattern, recursive=True))
+    paths = [path for path in found if os.path.isfile(path)]
+    jsonl, parquet = ([path for path in paths if path.endswith(end)] for end in (".jsonl", ".parquet"))
     files = [
-        File(Path(path).as_posix(), fingerprint(path), partial(read, path))
-        for path in paths
-        if (read := readers.get(Path(path).suffix))
+        File(Path(path).as_posix(), fingerprint(path), partial(jsonl_texts, path), partial(jsonl_count, path))
+        for path in jsonl
     ]
-    if text_files := [path for path in paths if path.endswith(".txt")]:
-        files.append(File(Path(source).as_posix(), fingerprint(*text_files), lambda: map(text_of, text_files)))
+    files += [
+        File(Path(path).as_posix(), fingerprint(path), partial(parquet_texts, path), partial(parquet_count, path))
+        for path in parquet
+    ]
+    files.sort(key=lambda file: file.name)
+    if others := [path for path in paths if not path.endswith((".jsonl", ".parquet"))]:
+        texts = others if others == [source] else [path for path in others if text_of(path) is not None]
+        if left_out := len(others) - len(texts):
+            print(f"left out: {left_out} of {len(others)} files that are binary or not UTF-8", flush=True)
+        if texts:
+            read = partial(map, partial(text_of, refuse=True), texts)
+            files.append(File(Path(source).as_posix(), fingerprint(*texts), read, lambda: len(texts)))
     if files:
         return files, f"0-{len(files) - 1}"
     if paths or not re.fullmatch(r"[\w.-]+(/[\w.-]+){2,}", source):
         sys.exit(
-            f"--source={source} is not here, or has no .txt, .jsonl or .parquet file; a source is a path or a "
-            "pattern of such, OWNER/DATASET/FOLDER on the hub, or python-docs."
+            f"--source={source} is not here, or has no text; a source is a file, a folder or a pattern, "
+            "OWNER/DATASET/FOLDER on the hub, or python-docs."
         )
-    return hub_files(source, revision)
+    commit, files = list_parquet(source, revision)
+    return [File(path, commit, partial(parquet_texts, address)) for path, address in files.items()], "0"
 
 
 def documents(file, at_most=None):
@@ -74,42 +83,6 @@ def fingerprint(*paths):
     return f"{sum(size for _, size, _ in stats)} bytes, {hashlib.sha256(repr(stats).encode()).hexdigest()[:16]}"
 
 
-def hub_files(source, revision):
-    """The parquet files in a folder of a dataset on the hub, at the commit that revision stands for now."""
-    owner, name, folder = source.split("/", 2)
-    with hub_errors(source):
-        from huggingface_hub import HfApi
-
-        api, repo = HfApi(), f"{owner}/{name}"
-        commit = api.dataset_info(repo, revision=revision).sha
-        entries = api.list_repo_tree(repo, folder, repo_type="dataset", revision=commit)
-        paths = sorted(entry.path for entry in entries if entry.path.endswith(".parquet"))
-    if not paths:
-        sys.exit(f"--source={source}: that folder of the hub holds no .parquet file.")
-    return [File(path, commit, partial(parquet_texts, f"hf://datasets/{repo}@{commit}/{path}")) for path in paths], "0"
-
-
-@contextmanager
-def hub_errors(what):
-    """Whatever goes wrong between here and the hub, as one sentence."""
-    try:
-        yield
-    except Exception as error:
-        kinds = {kind.__name__ for kind in type(error).__mro__}
-        if "HFValidationError" in kinds:
-            sys.exit(f"{what} is no path here, and cannot be the name of anything on the hub.")
-        if "RevisionNotFoundError" in kinds:
-            sys.exit(f"{what}: the hub knows no such --revision.")
-        if "RepositoryNotFoundError" in kinds:  # the hub does not tell the two apart, so that names stay private
-            sys.exit(f"{what}: the hub does not know it, or keeps it for members: then set HF_TOKEN to your token.")
-        if "EntryNotFoundError" in kinds and "LocalEntryNotFoundError" not in kinds:
-            sys.exit(f"{what}: the hub knows the repository, but nothing of that name in it.")
-        sys.exit(
-            f"{what}: the hub cannot be reached ({type(error).__name__}); without a network, "
-            "`python prepare.py config/tiny.py` needs nothing from it."
-        )
-
-
 def parquet_texts(path):
     """The column `text` of a parquet file, here or on the hub; of the latter only that column travels."""
     from pyarrow import ArrowException
@@ -117,7 +90,7 @@ def parquet_texts(path):
 
     try:
         if path.startswith("hf://"):
-            with hub_errors(path):
+            with hub_errors(path, but=(ValueError, KeyError, ArrowException)):
                 from datasets import load_dataset
 
                 logging.getLogger("datasets").setLevel(logging.CRITICAL)  # it is said below, once
@@ -132,6 +105,16 @@ def parquet_texts(path):
         sys.exit(f"{path}: not a parquet file with a column text ({reason}).")
 
 
+def parquet_count(path):
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(path).metadata.num_rows
+    except ArrowException:  # said when it is read
+        return None
+
+
 def jsonl_texts(path):
     """The field `text` of each line of a jsonl file that is not blank."""
     with open(path, "rb") as lines:
@@ -143,40 +126,42 @@ def jsonl_texts(path):
                 sys.exit(f"{path}, line {number}: not a JSON object with a field text ({error!r}).")
 
 
-def text_of(path):
+def jsonl_count(path):
+    with open(path, "rb") as lines:
+        return sum(not line.isspace() for line in lines)
+
+
+def text_of(path, refuse=False):
+    """The text in a file; None if it is none, or one sentence."""
+    content = Path(path).read_bytes()
     try:
-        return Path(path).read_bytes().decode("utf-8-sig").replace("\r\n", "\n")
+        if 0 not in content:
+            return content.decode("utf-8-sig").replace("\r\n", "\n")
+        place = content.index(0)
     except UnicodeDecodeError as error:
-        sys.exit(f"{path}: byte {error.start} is not UTF-8; convert the file, for example with iconv.")
+        place = error.start
+    if refuse:
+        sys.exit(f"{path}: byte {place} is not text in UTF-8; convert the file, for example with iconv.")
+    return None
 
 
-@cache  # a tokenizer may be trained on it first
-def python_docs():
-    """What every reader of this has on disk: Python's language reference, and the longer docstrings of the standard
-    library, numpy and torch. The source files are parsed, never imported; each text comes once, in a stable order."""
-    library = Path(sysconfig.get_path("stdlib"))
-    roots = [library] + [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
-    skip = {"test", "tests", "site-packages", "dist-packages"}
-    paths = [
-        path for root in roots for path in sorted(root.rglob("*.py")) if not skip & {*path.relative_to(root).parts}
-    ]
-    reference, topics = library / "pydoc_data" / "topics.py", {}
-    if reference.exists():  # some systems leave it out
-        topics = ast.literal_eval(ast.parse(reference.read_bytes()).body[-1].value)  # a literal dict
-    return list(dict.fromkeys(itertools.chain(topics.values(), *map(docstrings_of, paths))))
+def ahead(iterable, by=2):
+    """The same items, made in a thread while the caller is busy with earlier ones."""
+    items, done = queue.Queue(by), object()
 
-
-def docstrings_of(path, at_least=200):
-    """The docstrings of a source file that are longer than so many characters, in the order of the file."""
-    with warnings.catch_warnings(action="ignore"):  # what Python thinks of the style of others
+    def work():
         try:
-            nodes = [ast.parse(path.read_bytes())]
-        except (SyntaxError, ValueError):  # written for another version of Python
-            return []
-    texts = []
-    while nodes:
-        node = nodes.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            texts.append(ast.get_docstring(node) or "")
-        nodes += reversed([child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)])
-    return [text for text in texts if len(text) > at_least]
+            for item in iterable:
+                items.put((item, None))
+            items.put((done, None))
+        except BaseException as error:  # also the sentence of a sys.exit
+            items.put((done, error))
+
+    threading.Thread(target=work, daemon=True).start()
+    while True:
+        item, error = items.get()
+        if error:
+            raise error
+        if item is done:
+            return
+        yield item

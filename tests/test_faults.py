@@ -360,7 +360,7 @@ def test_data_that_a_resumed_run_must_keep(own_run, own_data):
     shard = json.loads((own_data / "shard-00000.json").read_text())
     shard["train"]["sha256"] = "other"
     (own_data / "shard-00000.json").write_text(json.dumps(shard))
-    assert "train.sha256" in refuse_resume(own_data, own_run)
+    assert "shard-00000.json, train" in refuse_resume(own_data, own_run)
 
 
 # ---- Preparing
@@ -404,24 +404,6 @@ def test_two_prepare_different_shards_at_once(data, tmp_path):
     both = [start(*command("prepare.py", *args, f"--data_dir={tmp_path / 'two'}", f"--shards={n}")) for n in range(2)]
     assert [process.wait(timeout=60) for process in both] == [0, 0]
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-
-
-@pytest.mark.slow
-def test_a_huge_document_needs_little_memory(data, tmp_path):
-    text = " ".join(sentences(30_000))
-    text = (text * (50_000_000 // len(text) + 1))[:50_000_000]
-    (tmp_path / "huge.jsonl").write_text(json.dumps({"text": text}) + "\n")
-    args = (
-        f"--source={tmp_path}/huge.jsonl",
-        f"--tokenizer={data / 'tokenizer.json'}",
-        f"--data_dir={tmp_path / 'out'}",
-    )
-    process = start(*command("prepare.py", *args, "--val_fraction=0"))
-    _, status, usage = os.wait4(process.pid, 0)
-    assert status == 0
-    assert usage.ru_maxrss < 1.5e6, "kilobytes"
-    shard = json.loads((tmp_path / "out" / "shard-00000.json").read_text())
-    assert shard["train"]["documents"] == 1 and shard["train"]["bytes"] == 50_000_000
 
 
 # ---- Security

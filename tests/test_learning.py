@@ -5,6 +5,8 @@ import itertools
 import json
 import math
 
+from plumbing.baselines import baselines
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,6 @@ from conftest import SMALL, metrics, run
 from test_train import trainer, values, write_shard
 
 from model import SmolLM2, SmolLM2Config
-from prepare import baselines
 
 TINY = SmolLM2Config(
     vocab_size=64,

@@ -157,7 +157,7 @@ def test_a_tokenizer_of_another_size_is_not_the_one_that_is_there(tmp_path, corp
     arguments = (f"--source={corpus}", f"--data_dir={tmp_path}")
     run("prepare.py", *arguments, "--tokenizer=train:290")
     assert "there already" in run("prepare.py", *arguments, "--tokenizer=train:290")
-    assert "train:290" in refused("prepare.py", *arguments, "--tokenizer=train:300")
+    assert "has 290 tokens" in refused("prepare.py", *arguments, "--tokenizer=train:300")
 
 
 # ---- Texts
@@ -183,17 +183,6 @@ def test_half_a_character_becomes_a_question_mark(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_text('\n{"text": "A cat \\ud83d sees."}\n\n')
     small(tmp_path / "out", tmp_path / "a.jsonl", tokenizer, "--val_fraction=0")
     assert documents(tmp_path / "out", "train") == ["A cat ? sees."]
-
-
-def test_cutting_a_huge_text_does_not_change_its_tokens(tokenizer):
-    text = " ".join([*TEXTS, "Кошка видит мышь, пёс слышит 3 пчелы. " * 20]).strip()
-    tokenizer = Tokenizer.from_file(str(tokenizer))
-    pieces = list(prepare.pieces([text, "x" * 999], 0, size=100))
-    assert pieces[-1] == ("train", "x" * 999, True)
-    assert [last for _, _, last in pieces[:-1]] == [False] * (len(pieces) - 2) + [True]
-    pieces = [piece for _, piece, _ in pieces[:-1]]
-    assert len(pieces) > 50 and "".join(pieces) == text
-    assert [id for piece in pieces for id in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
 
 
 @pytest.mark.parametrize(
@@ -303,7 +292,7 @@ def stocked_hub(hub, tmp_path, tokenizer):
     return hub
 
 
-def test_the_mission_from_a_hub(stocked_hub, tmp_path):
+def test_the_defaults_come_from_the_hub(stocked_hub, tmp_path):
     arguments = ("config/smollm2.py", f"--data_dir={tmp_path / 'out'}", "--val_fraction=0.2")
     run("prepare.py", *arguments, **stocked_hub.environment)
     assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == sorted(TEXTS[:30])
@@ -327,6 +316,22 @@ def test_what_the_hub_does_not_have(stocked_hub, tmp_path):
     hub.token = "secret"
     assert "HF_TOKEN" in refused("prepare.py", data_dir, **hub.environment)
     run("prepare.py", data_dir, "--val_fraction=0.2", HF_TOKEN="secret", **hub.environment)
+
+
+def test_a_parquet_file_of_the_hub_without_text(stocked_hub, tmp_path):
+    folder = stocked_hub.folder / "datasets" / "HuggingFaceTB" / "smollm-corpus" / "cosmopedia-v2"
+    write_parquet(folder / "train-00000-of-00104.parquet", body=["A cat."])
+    sentence = refused("prepare.py", f"--data_dir={tmp_path / 'out'}", **stocked_hub.environment)
+    assert "column text" in sentence and "cannot be reached" not in sentence
+
+
+def test_a_dataset_that_moved_on(stocked_hub, tmp_path, monkeypatch):
+    arguments = (f"--data_dir={tmp_path / 'out'}", "--val_fraction=0.2")
+    run("prepare.py", *arguments, **stocked_hub.environment)
+    path = tmp_path / "out" / "shard-00000.json"
+    before = "f" * 40
+    path.write_text(path.read_text().replace("0123456789abcdef0123456789abcdef01234567", before))
+    assert f"--revision={before}" in refused("prepare.py", *arguments, **stocked_hub.environment)
 
 
 def test_without_a_network_the_offline_command_is_named(tmp_path):

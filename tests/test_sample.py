@@ -2,7 +2,9 @@
 
 import json
 import shutil
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sample
-from model import SmolLM2Config
+from model import SmolLM2, SmolLM2Config
 
 PROMPT = "--prompt=7: A cat"
 
@@ -56,7 +58,7 @@ def test_model_by_run_by_checkpoint_and_from_the_hub(trained, hub):
 # ---- Conversations
 
 
-def converse(questions, *args, **variables):
+def converse(questions, *args, errors="", **variables):
     done = subprocess.run(
         command("sample.py", "--chat=True", "--temperature=0", "--dtype=float32", *args),
         cwd=ROOT,
@@ -65,7 +67,7 @@ def converse(questions, *args, **variables):
         input="".join(f"{question}\n" for question in questions),
         capture_output=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and errors in done.stderr, done.stderr
     return done.stdout.split("\n\n")[:-1]
 
 
@@ -92,9 +94,8 @@ def encode(tokenizer, messages):
 
 
 def test_a_question_that_is_too_long_is_said_to_be(instruct):
-    too_long, answer = converse(["?" * 200, "7?"], f"--model={instruct}", "--max_new_tokens=12")[0].split("\n", 1)
-    assert "128" in too_long
-    assert answer == converse(["7?"], f"--model={instruct}", "--max_new_tokens=12")[0]
+    args = f"--model={instruct}", "--max_new_tokens=12"
+    assert converse(["?" * 200, "7?"], *args, errors="more than the model's 128") == converse(["7?"], *args)
 
 
 @pytest.mark.slow
@@ -171,6 +172,39 @@ def test_only_whole_characters_are_printed_and_no_special_tokens():
 )
 def test_bad_settings(argument, answer, trained):
     assert answer in refused("sample.py", f"--model={trained}", argument)
+
+
+def test_logits_that_are_no_numbers(trained, tmp_path):
+    model = SmolLM2.from_pretrained(trained)
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    folder = shutil.copytree(trained / "checkpoint-000040", tmp_path / "model")
+    model.save_pretrained(folder)
+    for temperature in (0, 1):
+        sentence = refused("sample.py", f"--model={folder}", f"--temperature={temperature}", "--max_new_tokens=5")
+        assert "NaN" in sentence and len(sentence.splitlines()) == 1
+
+
+def test_almost_no_temperature_is_none(trained):
+    arguments = ("sample.py", f"--model={trained}", PROMPT, "--max_new_tokens=20")
+    assert run(*arguments, "--temperature=1e-42") == run(*arguments, "--temperature=0")
+
+
+def test_an_interrupt_while_it_loads(trained):
+    code = "import runpy, sys, time, model\nmodel.SmolLM2.from_pretrained = lambda *args: (print(1), time.sleep(60))\n"
+    code += "runpy.run_path(sys.argv.pop(1), run_name='__main__')"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-c", code, "sample.py", f"--model={trained}"],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1].strip() == ""
+    assert process.returncode == 130
 
 
 def test_a_folder_that_is_no_model(tmp_path, trained):

@@ -1,5 +1,6 @@
 """The loop: it learns what can be learned and nothing else, and stopping, splitting and resuming change nothing."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -34,7 +35,8 @@ def weights(out, step):
 
 def write_shard(folder, index, train, val, vocab_size, tokenizer, **changes):
     """A shard of given tokens, as prepare.py would leave it."""
-    record = {"tokenizer_sha256": "0", "vocab_size": vocab_size}
+    tokenizer_sha256 = hashlib.sha256(tokenizer.read_bytes()).hexdigest()
+    record = {"tokenizer_sha256": tokenizer_sha256, "vocab_size": vocab_size}
     for split, tokens in (("train", train), ("val", val)):
         np.asarray(tokens, "<u2").tofile(folder / f"{split}-{index:05d}.bin")
         record[split] = {"documents": 1, "tokens": len(tokens), "bytes": 3 * len(tokens), "sha256": str(index)}
@@ -53,6 +55,20 @@ def test_it_learns_language_and_says_so(trained):
     assert evaluations[40] < evaluations[20] < evaluations[0]
 
 
+@pytest.mark.parametrize("eval_tokens", [64, 640])
+def test_bits_per_byte_count_the_bytes_of_the_tokens_evaluated_on(eval_tokens, data, tmp_path):
+    trainer(data, tmp_path, "--max_steps=1", f"--eval_tokens={eval_tokens}")
+    tokens = np.fromfile(data / "val-00000.bin", "<u2")
+    starts = range(0, len(tokens) - 32, 32)
+    picked = [starts[int(i)] for i in np.linspace(0, len(starts) - 1, eval_tokens // 32)]
+    tokenizer = Tokenizer.from_file(str(data / "tokenizer.json"))
+    texts = [
+        tokenizer.decode(tokens[start + 1 : start + 33].tolist()) for start in picked
+    ]  # ASCII, and no special token
+    nats = values(tmp_path, "val_loss")[1] * eval_tokens
+    assert values(tmp_path, "val_bpb")[1] == pytest.approx(nats / math.log(2) / sum(map(len, texts)))
+
+
 def test_metrics_have_every_name(trained, data):
     last = metrics(trained)[-1]
     shard = json.loads((data / "shard-00000.json").read_text())
@@ -63,8 +79,6 @@ def test_metrics_have_every_name(trained, data):
     assert last["unique_tokens"] == min(last["tokens"], windows * 32)
     assert last["mfu"] is None and last["tokens_per_second"] > 0
     assert last["learning_rate"] == 0.01 and last["grad_norm"] > 0
-    tokens_per_byte = shard["val"]["tokens"] / shard["val"]["bytes"]
-    assert last["val_bpb"] == pytest.approx(last["val_loss"] / math.log(2) * tokens_per_byte)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
@@ -186,6 +200,13 @@ def test_init_from_a_checkpoint(trained, data, tmp_path):
     )
 
 
+def test_an_architecture_beside_init_from(trained, data, tmp_path):
+    args = (f"--data_dir={data}", f"--out_dir={tmp_path}", f"--init_from={trained}", "--max_steps=1")
+    sentence = refused("train.py", *SMALL, *args, "--model.num_hidden_layers=3")
+    assert "--model.num_hidden_layers=3" in sentence and "it is 2" in sentence
+    run("train.py", *SMALL, *args, "--model.num_hidden_layers=2")
+
+
 def test_init_from_a_model_of_another_tokenizer(trained, corpus, tmp_path):
     checkpoint, backwards = trained / "checkpoint-000040", tmp_path / "backwards.jsonl"
     texts = [json.loads(line)["text"][::-1] for line in corpus.read_text().splitlines()]
@@ -223,6 +244,7 @@ def test_the_newest_checkpoints_stay(tmp_path, data):
     (tmp_path / "checkpoint-000099.tmp").mkdir()
     trainer(data, tmp_path, "--max_steps=5", "--save_interval=1", "--keep_checkpoints=2")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".lock",
         "checkpoint-000004",
         "checkpoint-000005",
         "metrics.jsonl",
@@ -265,6 +287,11 @@ def test_compiled_in_bfloat16_with_samples(tmp_path, data):
         ("--model.vocab_size=200", "200 tokens"),
         ("--model.num_key_value_heads=3", "num_key_value_heads"),
         ("--device=abacus", "abacus"),
+        ("--timeout=-1", "--timeout=-1"),
+        ("--max_bad_steps=0", "--max_bad_steps=0"),
+        ("--sample_interval=-3", "--sample_interval=-3"),
+        ("--repeat_steps=0", "--repeat_steps=0"),
+        (f"--sample_interval=5 --sample_prompt={'7' * 128}", "128 tokens"),
     ],
 )
 def test_bad_settings(argument, answer, tmp_path, data):

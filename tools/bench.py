@@ -463,13 +463,13 @@ def bench_learn(settings, device):
     for rate in (1e-3, 2e-3, 3e-3):
         bpb, took = train(budget, "--optimizer=adamw", f"--learning_rate={rate}")
         adamw[bpb] = took
-        print(f"AdamW, learning rate {rate}: {bpb:.4f} bits a byte after {budget} steps, {took:.0f} s", flush=True)
+        print(f"AdamW, learning rate {rate}: {bpb:.4f} bits per byte after {budget} steps, {took:.0f} s", flush=True)
     goal = min(adamw)
     for share in (0.4, 0.45, 0.5, 0.6, 0.8, 1.0):
         bpb, took = train(round(budget * share))
         print(f"config/tiny.py: {bpb:.4f} after {round(budget * share)} steps, {took:.0f} s", flush=True)
         if bpb <= goal:
-            what, against = f"time to {goal:.3f} bits a byte, config/tiny.py", "AdamW, its best rate"
+            what, against = f"time to {goal:.3f} bits per byte, config/tiny.py", "AdamW, its best rate"
             return [row(what, against, adamw[goal] / took, took, adamw[goal], "s")]
     return []
 

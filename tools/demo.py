@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from typing import Literal
 
-from plumbing.settings import load_settings
+from plumbing.settings import Count, run
 
 import torch
 
@@ -28,12 +28,12 @@ class Settings:
 
     model: str = "out/smollm2"  # out_dir of a run, a checkpoint folder, or a hub id
     prompt: str = "Once upon a time"  # what stands in the page at first
-    max_prompt: int = 4000  # longest prompt or message, in characters
-    max_new_tokens: int = 512  # longest continuation or answer that may be asked for
+    max_prompt: Count = 4000  # longest prompt or message, in characters
+    max_new_tokens: Count = 512  # longest continuation or answer that may be asked for
     host: str | None = None  # address to serve on; unset: 127.0.0.1, where only this machine sees the page
     port: int | None = None  # unset: the first free one from 7860 on
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest to read
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest here
 
 
 def build_page(settings):
@@ -126,9 +126,6 @@ def as_text(content):
 
 
 def main(settings):
-    for name in ("max_prompt", "max_new_tokens"):
-        if getattr(settings, name) < 1:
-            sys.exit(f"--{name}={getattr(settings, name)} must be at least 1.")
     page = build_page(settings)
     # One text at a time: the next one waits its turn, and sees its place. More than 20 are turned away.
     page.queue(max_size=20, default_concurrency_limit=1)
@@ -139,4 +136,4 @@ def main(settings):
 
 
 if __name__ == "__main__":
-    main(load_settings("demo", Settings))
+    run(main, "demo", Settings)

@@ -90,11 +90,11 @@ def main(settings):
         draw(unique, "unique_tokens")
         unique.plot(curves["tokens"][0], curves["tokens"][0], color="black", linestyle=(0, (1, 3)), linewidth=1)
     titles = (
-        "loss, nats a token",
-        "validation, bits a byte",
+        "loss, nats per token",
+        "validation, bits per byte",
         "learning rate",
         "gradient norm before clipping",
-        "tokens a second",
+        "tokens per second",
         "different tokens seen (dotted: tokens seen)",
     )
     for axis, title in zip(axes.flat, titles, strict=True):
