@@ -177,8 +177,8 @@ class Attention(nn.Module):
 def has_grouped_kernel(q):
     """Whether PyTorch has a fused attention kernel for grouped queries, which never holds the T x S weights in memory.
 
-    There is one for CPUs, and one for 16 bits on GPUs of compute capability 8.0 (NVIDIA Ampere, 2020). Elsewhere keys
-    are repeated, and the memory-efficient kernel fits; plain products keep 9 GB for four sequences of 2048 tokens.
+    There is one for CPUs, and one for 16 bits on GPUs of compute capability 8.0 or later (NVIDIA Ampere, 2020).
+    Elsewhere keys and values are repeated, so that PyTorch's memory-efficient kernel applies.
     """
     if q.device.type == "cuda":
         return q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
@@ -326,7 +326,8 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     best, tokens = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
-    probabilities = ((best - best[:, :1]) / max(temperature, 1e-6)).softmax(-1)  # (B, k); not above 0, so not infinite
+    exponents = (best - best[:, :1]) / max(temperature, 1e-6)  # at most 0, so they cannot overflow
+    probabilities = exponents.softmax(-1)  # (B, k)
     if top_p < 1:
         superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
         probabilities = probabilities.masked_fill(superfluous, 0)

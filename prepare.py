@@ -2,7 +2,7 @@
 
     python prepare.py config/smollm2.py                                the first file of cosmopedia-v2, from the hub
     python prepare.py config/tiny.py                                   Python's own documentation, without a network
-    python prepare.py --source='books/*.txt' --data_dir=data/books     your own text
+    python prepare.py --source=books --data_dir=data/books --val_fraction=0.05      your own text
 
 Each parquet or jsonl file of the corpus becomes a shard; text files, or the documentation, make one together:
 
@@ -29,6 +29,7 @@ from pathlib import Path
 from plumbing.baselines import baselines
 from plumbing.files import lock, rename_whole, write_whole
 from plumbing.hub import hub_errors
+from plumbing.pieces import pieces
 from plumbing.settings import Count, Fraction, run
 from plumbing.shards import SPLITS, check_made_alike, shard_path, write_shard_json
 from plumbing.sources import ahead, documents, list_files
@@ -44,9 +45,9 @@ class Settings:
 
     data_dir: str = "data/cosmopedia-v2"  # folder to write
     source: str = "HuggingFaceTB/smollm-corpus/cosmopedia-v2"  # dataset/folder on the hub, python-docs, path or glob
-    shards: str | None = None  # which of the source's files: 0 or 0-3 or 0,7; unset: the first on the hub, all here
+    shards: str | None = None  # the source's files: 0 or 0-3 or 0,7; unset: the first of a hub dataset, all local ones
     revision: str | None = None  # branch, tag or commit of the dataset on the hub
-    max_documents: Count | None = None  # stop after so many documents of each file
+    max_documents: Count | None = None  # stop after this many documents of each file
     tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # SmolLM2's; or another hub id, a tokenizer.json, or train:4096
     val_fraction: Fraction = 0.005  # share of the documents kept for evaluation
     num_proc: Count = os.cpu_count() or 1  # cores to tokenize on
@@ -100,7 +101,7 @@ def get_tokenizer(settings, files):
         sys.exit(f"{here} is another tokenizer than --tokenizer={settings.tokenizer}; take another --data_dir.")
     # Text cannot be trusted: a document that says <|endoftext|> gets those letters, not the token, so that no web page
     # can end a document or open a turn of a chat.
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = True  # the library's name for: as ordinary text
     tokenizer.no_truncation()
     tokenizer.no_padding()
     return tokenizer, hashlib.sha256(wanted).hexdigest()
@@ -131,7 +132,7 @@ def train_tokenizer(settings, files):
         show_progress=known and sys.stderr.isatty(),
     )
     texts = (text for file in files for text in documents(file, settings.max_documents))
-    texts = (text for text in texts if not for_evaluation(text, settings.val_fraction))
+    texts = (text for text in texts if split_of(text, settings.val_fraction) == "train")
     print(f"training a tokenizer of {int(size):,} tokens", flush=True)
     tokenizer.train_from_iterator(texts, trainer, length=sum(counts) if known else None)
     if tokenizer.get_vocab_size() < int(size):
@@ -143,51 +144,15 @@ def train_tokenizer(settings, files):
 # ---- From texts to tokens -------------------------------------------------------------------------------------------
 
 
-def for_evaluation(text, val_fraction):
-    """Whether a document is kept for evaluation: a function of its text alone, so that no choice of files, machine or
-    order changes it, and duplicates are on the same side."""
+def split_of(text, val_fraction):
+    """Whether a document is for "train" or for "val", evaluation: a function of its text alone, so that no choice of
+    files, machine or order changes it, and duplicates are on the same side."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < val_fraction * 2**64
-
-
-def pieces(texts, tokenizer, val_fraction, size=500_000):
-    """(split, piece of a text, whether the text ends with it). A huge text is cut, so that memory does not depend on
-    its length: after about size characters, and only where the tokenizer cuts it too, so the tokens are the same. One
-    word, such as a genome, is never cut, and takes about 200 bytes of memory for each character."""
-    for text in texts:
-        split, start, reach = "val" if for_evaluation(text, val_fraction) else "train", 0, size
-        while len(text) - start > reach:
-            if cut := last_cut(tokenizer, text[start : start + reach]):
-                yield split, text[start : start + cut], False
-                start, reach = start + cut, size
-            else:
-                reach *= 2
-        yield split, text[start:], True
-
-
-def last_cut(tokenizer, text, around=1000):
-    """The last place where a text can be cut without changing its tokens; None if there is none.
-
-    Tokens never cross the words of the pre-tokenizer, which goes through a text from left to right. To see where it
-    cuts, it is started at eight places in a row near the end: the cuts that all agree on are those of the whole text.
-    Its last two words may be longer in what follows. Some tokenizers treat the beginning of a text as something else,
-    which shows when the two sides of a cut are encoded.
-    """
-    start = max(0, len(text) - around)
-    agreed = set(range(len(text)))
-    for first in range(start, start + 8):
-        words = tokenizer.pre_tokenizer.pre_tokenize_str(text[first:]) if tokenizer.pre_tokenizer else []
-        agreed &= {first + begin for _, (begin, _) in words[1:-2]}
-    for cut in sorted(agreed, reverse=True)[:100]:
-        sides = text[max(0, cut - 100) : cut], text[cut : cut + 100]
-        whole, left, right = (encoding.ids for encoding in tokenizer.encode_batch(["".join(sides), *sides]))
-        if whole == left + right:
-            return cut
-    return last_cut(tokenizer, text, 8 * around) if start > 0 else None
+    return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
 def batches(pieces, size=1_000_000):
-    """Lists of pieces that have about so many bytes together."""
+    """Lists of pieces that have about size bytes together."""
     batch, length = [], 0
     for piece in pieces:
         batch.append(piece)
@@ -231,12 +196,13 @@ def write_shard(index, file, tokenizer, origin, settings):
     counts = {split: {"documents": 0, "tokens": 0, "bytes": 0} for split in SPLITS}
     hashes = {split: hashlib.sha256() for split in SPLITS}
     texts, start = documents(file, settings.max_documents), time.monotonic()
+    texts = ((split_of(text, settings.val_fraction), text) for text in texts)
     total = min(filter(None, (file.count(), settings.max_documents)), default=None)
     bar = tqdm(desc=f"shard {index:05d}", total=total, unit=" documents", disable=None)  # only on a terminal
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
             bins = {"train": train, "val": val}
-            for batch in tokenize(tokenizer, ahead(batches(pieces(texts, tokenizer, settings.val_fraction)))):
+            for batch in tokenize(tokenizer, ahead(batches(pieces(texts, tokenizer)))):
                 for (split, text, last), tokens in zip(*batch, strict=True):
                     bins[split].write(tokens)
                     hashes[split].update(tokens)

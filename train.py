@@ -58,13 +58,13 @@ class Settings:
     seed: Natural = 0  # of the initial weights and the order of the data
     init_from: str = "scratch"  # scratch, or a checkpoint folder or hub id: weights and architecture to begin with
     resume: bool = False  # continue from the newest checkpoint of out_dir, if there is one
-    log_interval: Count = 10  # steps between lines of the log
+    log_interval: Count = 10  # steps between lines on the screen; metrics.jsonl has every step
     log_to: Literal["none", "tensorboard", "wandb"] = "none"  # where else to write it; each needs pip install
     eval_interval: Count = 100  # steps between evaluations
     eval_tokens: Count = 1_048_576  # tokens of the validation data to evaluate on, the same each time
     save_interval: Count = 100  # steps between checkpoints
     keep_checkpoints: Count = 2  # how many of the newest stay
-    repeat_steps: Count | None = None  # train on the batches of the first N steps only, again and again, to overfit
+    repeat_steps: Count | None = None  # train on the batches of the first N steps only, again and again
     max_bad_steps: Count = 10  # stop after so many steps in a row whose loss or gradient is NaN or infinite
     timeout: Count = 600  # seconds that ranks wait for each other before they give up
     sample_interval: Natural = 100  # steps between samples of text; 0: none
@@ -136,13 +136,13 @@ def make_optimizers(model, settings, dtype):
     muon = settings.optimizer == "muon"
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
     norms = [parameter for parameter in model.parameters() if parameter.dim() == 1]
-    of_layers = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2 and muon]
-    others = [matrix for matrix in matrices if all(matrix is not one for one in of_layers)]
-    groups = [{"params": others, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
+    for_muon = [parameter for parameter in model.model.layers.parameters() if parameter.dim() == 2] if muon else []
+    for_adamw = [matrix for matrix in matrices if all(matrix is not other for other in for_muon)]
+    groups = [{"params": for_adamw, "weight_decay": settings.weight_decay}, {"params": norms, "weight_decay": 0.0}]
     optimizers = [torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.95), eps=1e-8, fused=True)]
     if muon:
         dtype = torch.float32 if dtype == torch.float16 else dtype
-        optimizers.append(Muon(of_layers, settings.learning_rate, settings.weight_decay, dtype=dtype))
+        optimizers.append(Muon(for_muon, settings.learning_rate, settings.weight_decay, dtype=dtype))
     return optimizers
 
 
@@ -156,7 +156,7 @@ def learning_rate(step, settings):
     return settings.learning_rate * min(1.0, warmup, decay)
 
 
-# ---- What the loop calls now and then -------------------------------------------------------------------------------
+# ---- Building, evaluating, sampling ---------------------------------------------------------------------------------
 
 
 def make_model(settings, corpus, checkpoint):
@@ -172,7 +172,7 @@ def make_model(settings, corpus, checkpoint):
             model = SmolLM2(dataclasses.replace(settings.model, vocab_size=vocab_size, **tokens))
     except ValueError as error:
         sys.exit(str(error))
-    for name, value in vars(settings.model).items():
+    for name, value in vars(settings.model).items():  # what is neither the default nor what the loaded model has
         if settings.init_from != "scratch" and value not in (getattr(FROM_SCRATCH, name), getattr(model.config, name)):
             has = getattr(model.config, name)
             sys.exit(
@@ -187,9 +187,9 @@ def make_model(settings, corpus, checkpoint):
 
 
 def compile_parts(model):
-    """torch.compile the layers, all thirty with one piece of code since they differ in their weights alone, and the
-    loss. DDP would have a layer cut where one of its buckets ends, but only in what is compiled inside of it: then a
-    resumed run, which does not begin with an evaluation, would compute with other rounding."""
+    """torch.compile the loss and the layers, which share one piece of code, as they differ in their weights alone."""
+    # With optimize_ddp, what is first compiled inside of DDP is split where its buckets end. A new run compiles in its
+    # first evaluation, outside of DDP, a resumed one in its first step, inside: the two would round differently.
     torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -199,7 +199,7 @@ def compile_parts(model):
 def evaluate(model, corpus, settings, ranks, device, autocast):
     """The mean loss over the validation windows, in nats per token, and in bits per byte, which do not depend on the
     tokenizer; and the baselines. The model runs as in training, so what was compiled serves here too."""
-    total = torch.zeros(2, device=device)  # nats, windows
+    total = torch.zeros(2, device=device)  # nats, tokens
     size = settings.micro_batch
     for first in ranks.progress(range(ranks.rank * size, len(corpus.val), ranks.size * size), "evaluation"):
         windows = corpus.val[first : first + size]
@@ -209,10 +209,10 @@ def evaluate(model, corpus, settings, ranks, device, autocast):
         targets[count:] = -100  # the filling does not count
         with autocast:
             loss = model(to_device(inputs, device), to_device(targets, device)).detach()
-        total += torch.stack([loss * count, torch.full_like(loss, count)])
-    nats, windows = ranks.sum(total).tolist()
-    bits = nats * settings.seq_len / math.log(2)
-    return {"val_loss": nats / windows, "val_bpb": bits / corpus.val_bytes} | corpus.baselines
+        tokens = torch.full_like(loss, count * settings.seq_len)
+        total += torch.stack([loss * tokens, tokens])
+    nats, tokens = ranks.sum(total).tolist()
+    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / corpus.val_bytes} | corpus.baselines
 
 
 def sample(model, tokenizer, prompt, settings, device, autocast):
@@ -237,7 +237,7 @@ def main(settings):
     share = windows_per_step // ranks.size  # windows of a step on this rank
     accumulation = share // settings.micro_batch  # micro-batches of a step on this rank
 
-    with ranks.together():  # what is refused on one of them ends all, and is said once
+    with ranks.together():  # a sys.exit in here, on any of them, ends all; its sentence is printed once
         unit = settings.seq_len * settings.micro_batch * ranks.size
         if settings.batch_tokens % unit:
             sys.exit(
@@ -265,7 +265,9 @@ def main(settings):
         flops = training_flops(model.config, settings.seq_len)
         log = Log(settings, ranks, corpus.train, device, flops, step if state else None)
     shared = {name: value for name, value in flatten(vars(settings)) if not name.endswith("_dir")}
-    ranks.agree({"step": step} | identity(corpus.shards) | shared)
+    ranks.agree({"step": step} | identity(corpus.shards) | shared)  # exits where they differ; folders may
+
+    # The model on its device, compiled, and one of several.
     model.to(device)
     model.recompute = settings.recompute_activations
     if settings.compile and (reason := lacks_compiler(device)):
@@ -281,7 +283,8 @@ def main(settings):
     optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    owed = restore(state, optimizers, scaler) if state else True  # an evaluation of the step to begin with
+    # Whether this step is still to be evaluated: step 0 is, and one at which the run was stopped before it could be.
+    evaluation_due = restore(state, optimizers, scaler) if state else True
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
     ranks.say(f"{parameters:,} parameters, {dtype} on {ranks.size} x {device.type}")
@@ -292,9 +295,10 @@ def main(settings):
         ranks.say("warmup_steps and decay_steps are more than max_steps: the learning rate does not reach its peak")
 
     # The loop.
-    stop, save = StopSignal(ranks.rank), Saver(settings, corpus, model, optimizers, scaler)
+    stop = StopSignal(ranks.rank)
+    save = Saver(settings, corpus, model, optimizers, scaler)  # copies, and writes the copy in a thread
     first_step, bad_steps, stopping = step, 0, False
-    if owed:
+    if evaluation_due:
         log(step, **evaluate(model, corpus, settings, ranks, device, autocast))
     while step < settings.max_steps and not stopping:
         start = time.perf_counter()
@@ -317,7 +321,7 @@ def main(settings):
             scaler.scale(micro_loss).backward()
             loss += micro_loss.detach()
 
-        # Clip. Then one look at the numbers, which the ranks share so that all decide alike.
+        # Clip. Then one transfer from the device: means over the ranks, so that all decide alike.
         for optimizer in optimizers:
             scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.grad_clip)
@@ -341,27 +345,28 @@ def main(settings):
                 )
         scaler.update()
         for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=ranks.size == 1)  # DDP's buffers stay
+            optimizer.zero_grad(set_to_none=ranks.size == 1)  # with DDP they live in its buffers, which stay
         step += 1
         if step > first_step + 1:  # the first one waits for the compiler
             log.timed(time.perf_counter() - start)
 
         # Evaluate, log, save, sample. A run that is asked to stop leaves the evaluation to its continuation.
         finished, evaluation = step == settings.max_steps, {}
-        owed = finished or step % settings.eval_interval == 0
-        if owed and (finished or not stopping):
-            owed, evaluation = False, evaluate(model, corpus, settings, ranks, device, autocast)
+        evaluation_due = finished or step % settings.eval_interval == 0
+        if evaluation_due and (finished or not stopping):
+            evaluation = evaluate(model, corpus, settings, ranks, device, autocast)
+            evaluation_due = False
         log(step, loss, rate, grad_norm, **evaluation)
         metrics = {"loss": loss} | evaluation
         due = step % settings.save_interval == 0 and not bad_steps  # what led to a bad step may be bad already
         if ranks.rank == 0 and due and not (finished or stopping):
-            save(step, owed, metrics, settings.timeout / 2)
+            save(step, evaluation_due, metrics, patience=settings.timeout / 2)
         if ranks.rank == 0 and settings.sample_interval and step % settings.sample_interval == 0:
             ranks.say(f"\n{sample(model, corpus.tokenizer, prompt, settings, device, autocast)}\n")
 
-    ranks.leave()  # the others need not wait for the last save
+    ranks.leave()  # the others need not wait for the last save, which is made in any case
     if ranks.rank == 0 and step > first_step:
-        save(step, owed, metrics)
+        save(step, evaluation_due, metrics)
     if not save.finish():
         sys.exit(1)
     newest = newest_checkpoint(settings.out_dir)

@@ -75,14 +75,14 @@ def load_state(checkpoint, device="cpu"):
 
 
 def restore(state, optimizers, scaler):
-    """Continue optimizers and scaler from a state, which is emptied, with the settings of today. Returns whether the
-    evaluation of its step is still to be made."""
+    """Continue optimizers and scaler from a state, which is emptied, with the settings of today. Returns whether its
+    step is still to be evaluated."""
     for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
     if state["scaler"]:  # empty, unless the run was in float16
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    return state.get("owed", False)
+    return state.get("evaluation_due", False)
 
 
 # ---- Saving ---------------------------------------------------------------------------------------------------------
@@ -104,8 +104,8 @@ class Saver:
         if os.path.isdir(settings.out_dir):
             remove_old_checkpoints(settings)
 
-    def __call__(self, step, owed, metrics, patience=None):
-        """owed: whether the evaluation of this step is left to the run that continues. metrics are for the card.
+    def __call__(self, step, evaluation_due, metrics, patience=None):
+        """evaluation_due: whether that of this step is left to the run that continues. metrics are for the card.
         patience: seconds to wait for the save before this one, so that other ranks do not take this one for dead."""
         start = time.perf_counter()
         try:
@@ -113,9 +113,10 @@ class Saver:
         except TimeoutError:
             return say(f"checkpoint-{step:06d} is left out: the one before it is still being written")
         tensors = copied(dict(self.model.named_parameters()))
-        state = dict(step=step, owed=owed, settings=dataclasses.asdict(self.settings), data=self.corpus.shards)
+        state = dict(step=step, evaluation_due=evaluation_due, data=self.corpus.shards)
+        state |= dict(settings=dataclasses.asdict(self.settings), rng=torch.get_rng_state())
         state |= dict(optimizers=copied([optimizer.state_dict() for optimizer in self.optimizers]))
-        state |= dict(scaler=self.scaler.state_dict(), rng=torch.get_rng_state())
+        state |= dict(scaler=self.scaler.state_dict())
         args = self.settings, step, self.model.config, tensors, self.corpus, state, metrics
         self.last = self.thread.submit(save_checkpoint, *args, start, time.perf_counter() - start)
 

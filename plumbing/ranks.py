@@ -44,7 +44,7 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """Code that may exit with a sentence: if it does on one rank, all exit, and the sentence is printed once."""
+        """A block that may exit with a sentence: if it does on one rank, all exit, and the sentence is printed once."""
         refusal = None
         try:
             yield

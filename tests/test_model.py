@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import (
@@ -104,8 +105,15 @@ def test_arithmetic_in_the_comments_holds():
         assert eval(left) == int(right.rstrip(",").replace(",", "")), (left, right)
 
 
-def test_training_flops_are_six_per_parameter_and_attention():
-    assert training_flops(SmolLM2Config(), 2048) == 6 * 134_515_008 + 6 * 30 * 576 * 2048
+def test_training_flops_are_those_that_pytorch_counts_and_attention_by_hand():
+    config, T = SmolLM2Config(vocab_size=500, hidden_size=64, intermediate_size=160, num_hidden_layers=3), 128
+    config = replace(config, num_attention_heads=4, num_key_value_heads=2)
+    ids = torch.randint(0, 500, (2, T))
+    with FlopCounterMode(display=False) as counter:  # it counts products of matrices, and not this attention
+        SmolLM2(config)(ids, ids).backward()
+    pairs = sum(1 for query in range(T) for key in range(T) if key <= query)
+    attention = 3 * 3 * (2 + 2) * 64 * pairs / T  # layers, forward and twice backward, q k and weights v
+    assert training_flops(config, T) == pytest.approx(counter.get_total_flops() / (2 * T) + attention, rel=0.01)
 
 
 # ---- Against transformers

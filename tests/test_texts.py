@@ -7,14 +7,14 @@ import re
 import subprocess
 import termios
 
+from plumbing.pieces import pieces as pieces_of
+
 import numpy as np
 import pytest
 from conftest import ROOT, command, environment, refused, run, sentences
 from test_faults import start
 from test_prepare import documents, record, write_jsonl, write_parquet
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-
-import prepare
 
 RANDOM = random.Random(0)
 HAN = [chr(0x4E00 + number) for number in range(2000)]
@@ -71,7 +71,7 @@ def test_cutting_a_huge_text_does_not_change_its_tokens(name, kind):
     text += " I'll say: naïve\t\t\n\n  (3)..." * 30
     unknown = {} if name.startswith(("SmolLM2", "with", "digits")) else {"unk_token": "<|endoftext|>"}
     tokenizer = trained_on([text], TOKENIZERS[name](), **unknown)
-    pieces = [piece for _, piece, _ in prepare.pieces([text], tokenizer, 0, size=500)]
+    pieces = [piece for _, piece, _ in pieces_of([("train", text)], tokenizer, size=500)]
     assert "".join(pieces) == text
     if kind == "words" or name not in ("with a space in front", "metaspace"):  # these can be cut at spaces only
         assert len(pieces) > 3
@@ -81,9 +81,9 @@ def test_cutting_a_huge_text_does_not_change_its_tokens(name, kind):
 def test_where_nothing_can_be_cut_nothing_is():
     genome = text_of("genome", 3000)
     tokenizer = trained_on([genome], TOKENIZERS["SmolLM2's"]())
-    assert list(prepare.pieces([genome], tokenizer, 0, size=100)) == [("train", genome, True)]
+    assert list(pieces_of([("train", genome)], tokenizer, size=100)) == [("train", genome, True)]
     whole = Tokenizer(models.BPE({"A": 0, "C": 1, "G": 2, "T": 3, " ": 4}, []))  # it has no words
-    assert len(list(prepare.pieces([f"{genome} {genome}"], whole, 0, size=100))) == 1
+    assert len(list(pieces_of([("train", f"{genome} {genome}")], whole, size=100))) == 1
 
 
 def test_a_text_is_not_cut_inside_of_an_added_token_nor_of_a_letter_with_its_accent():
@@ -91,7 +91,7 @@ def test_a_text_is_not_cut_inside_of_an_added_token_nor_of_a_letter_with_its_acc
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.add_tokens([AddedToken("red rose", normalized=False)])
     text = "red rose; e\u0301" * 500
-    pieces = [piece for _, piece, _ in prepare.pieces([text], tokenizer, 0, size=100)]
+    pieces = [piece for _, piece, _ in pieces_of([("train", text)], tokenizer, size=100)]
     assert len(pieces) > 10
     assert [id for piece in pieces for id in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
 

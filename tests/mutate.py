@@ -1,0 +1,142 @@
+"""Faults on purpose: do the tests notice?
+
+    python tests/mutate.py --count=100 --seed=0 --jobs=4
+
+Draws places in the code by chance, and changes each in a copy of the project: a number, an operator, a comparison, a
+condition, a keyword argument left out, a call left out. Then the tests that should see it run, until one fails. What no
+test noticed is printed.
+"""
+
+import argparse
+import ast
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS = {  # the tests that should see a change in a file, the likeliest first
+    "model.py": "model loop sample devices train learning tools",
+    "train.py": "loop train learning saving ranks faults devices tools",
+    "prepare.py": "prepare texts learning saving faults readme",
+    "sample.py": "sample chat tools devices demo",
+    "plumbing/bins.py": "train loop texts saving faults learning",
+    "plumbing/baselines.py": "learning texts prepare",
+    "plumbing/card.py": "tools",
+    "plumbing/chat.py": "chat sample",
+    "plumbing/checkpoint.py": "train saving faults ranks tools devices",
+    "plumbing/devices.py": "devices train sample tools",
+    "plumbing/files.py": "saving prepare faults devices",
+    "plumbing/hub.py": "prepare sample readme",
+    "plumbing/metrics.py": "loop train saving tools learning ranks",
+    "plumbing/pretrained.py": "model sample train tools faults",
+    "plumbing/python_docs.py": "readme",
+    "plumbing/ranks.py": "ranks loop train faults saving",
+    "plumbing/settings.py": "settings train sample saving fuzz ranks",
+    "plumbing/pieces.py": "texts",
+    "plumbing/shards.py": "prepare faults saving tools",
+    "plumbing/sources.py": "prepare texts faults readme",
+}
+OTHER = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub, ast.Sub: ast.Add,
+    ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.Pow: ast.Mult,
+    ast.BitOr: ast.BitAnd, ast.BitAnd: ast.BitOr, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+
+
+def changes(node):
+    """The ways to change one place, as pieces of code that replace it."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        yield ast.Constant(node.value + 1 if isinstance(node.value, int) else node.value * 2 or 1.0)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, bool):
+        yield ast.Constant(not node.value)
+    elif isinstance(node, ast.Compare) and type(node.ops[0]) in OTHER:
+        yield ast.Compare(node.left, [OTHER[type(node.ops[0])](), *node.ops[1:]], node.comparators)
+    elif isinstance(node, ast.BinOp) and type(node.op) in OTHER:
+        yield ast.BinOp(node.left, OTHER[type(node.op)](), node.right)
+    elif isinstance(node, ast.BoolOp):
+        yield ast.BoolOp(OTHER[type(node.op)](), node.values)
+    elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+        yield node.operand
+    elif isinstance(node, ast.Call):
+        for keyword in node.keywords:
+            yield ast.Call(node.func, node.args, [other for other in node.keywords if other is not keyword])
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+        yield ast.Constant(...)
+
+
+def mutants(file):
+    """(file, line, what stood there, what stands there now, the whole text) for every place and change."""
+    text = (ROOT / file).read_text()
+    starts = [0]
+    for line in text.encode().splitlines(keepends=True):
+        starts.append(starts[-1] + len(line))
+    tree, skipped = ast.parse(text), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.AnnAssign | ast.arg | ast.FunctionDef) and getattr(node, "annotation", None):
+            skipped.update(map(id, ast.walk(node.annotation)))  # types say, and do not do
+        if isinstance(node, ast.JoinedStr):
+            skipped.update(map(id, ast.walk(node)))  # the wording of messages
+    for node in ast.walk(tree):
+        if id(node) in skipped or not hasattr(node, "lineno"):
+            continue
+        start, end = (starts[line - 1] + column for line, column in (
+            (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)))  # fmt: skip
+        for change in changes(node):
+            new = ast.unparse(ast.fix_missing_locations(change))
+            new = f"({new})" if isinstance(node, ast.BinOp | ast.BoolOp | ast.Compare) else new
+            content = text.encode()
+            yield file, node.lineno, content[start:end].decode(), new, content[:start] + new.encode() + content[end:]
+
+
+def unnoticed(mutant):
+    """Run the tests on a changed copy; the mutant if all of them pass."""
+    file, line, old, new, content = mutant
+    with tempfile.TemporaryDirectory() as folder:
+        copy = shutil.copytree(ROOT, f"{folder}/project", ignore=shutil.ignore_patterns(".git", "out", "data", ".venv"))
+        shutil.copytree(ROOT / "data", copy + "/data", ignore=shutil.ignore_patterns("python-docs"))
+        Path(copy, file).write_bytes(content)
+        tests = [f"tests/test_{name}.py" for name in TESTS[file].split()]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            f"--basetemp={folder}/t",
+            *tests,
+        ]
+        try:
+            done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=1500)
+            seen = done.returncode != 0
+            by = next((part for part in done.stdout.splitlines() if part.startswith(("FAILED", "ERROR"))), "")
+        except subprocess.TimeoutExpired:
+            seen, by = True, "it never ended"
+    old, new = (" ".join(part.split())[:70] for part in (old, new))
+    print(f"{'noticed' if seen else 'UNNOTICED'} {file}:{line}  {old}  ->  {new}   {by[:90]}", flush=True)
+    return not seen
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--count", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    settings = parser.parse_args()
+    everywhere = [mutant for file in TESTS for mutant in mutants(file)]
+    drawn = random.Random(settings.seed).sample(everywhere, settings.count)
+    print(f"{len(everywhere)} places and changes, of which {len(drawn)} are tried")
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        missed = sum(pool.map(unnoticed, drawn))
+    print(f"{len(drawn) - missed} of {len(drawn)} were noticed, {1 - missed / len(drawn):.0%}")
+
+
+if __name__ == "__main__":
+    main()
