@@ -128,8 +128,8 @@ class RMSNorm(nn.Module):
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
 #
-# Attention is how a token reads the tokens before it. Each token has a query, and each earlier token, itself included,
-# a key and a value. The better a query matches a key, the more of that token's value is taken:
+# Attention is how a token reads the tokens before it. Each token has a query, a key and a value. Its query is compared
+# with the keys of all tokens up to itself. The better it matches a key, the more of that token's value is taken:
 #
 #     weights = softmax(q k^T / sqrt(D))    over the tokens up to this one
 #     y = weights v
@@ -326,8 +326,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     best, tokens = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
-    exponents = (best - best[:, :1]) / max(temperature, 1e-6)  # at most 0, so they cannot overflow
-    probabilities = exponents.softmax(-1)  # (B, k)
+    probabilities = ((best - best[:, :1]) / max(temperature, 1e-6)).softmax(-1)  # (B, k); differences never overflow
     if top_p < 1:
         superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
         probabilities = probabilities.masked_fill(superfluous, 0)
@@ -433,7 +432,9 @@ class SmolLM2(nn.Module):
             raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
         padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
         tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
-        slots = torch.arange(T, device=device)  # those that the tokens are written to; all caches share this tensor
+        slots = torch.arange(
+            T, device=device
+        )  # where the tokens are written, and their positions; shared by all caches
         caches = [KVCache(self, B, S, slots) for _ in self.model.layers]
 
         def step():
@@ -443,7 +444,10 @@ class SmolLM2(nn.Module):
         logits = step()  # the prompts, all tokens at once
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
-        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token of each row
+        tokens, slots = (
+            tokens[:, -1:].clone(),
+            slots[-1:].clone(),
+        )  # from now on one token a row; the loop moves them on
         for cache in caches:
             cache.slots = slots
         if device.type == "cuda":

@@ -108,7 +108,7 @@ def get_tokenizer(settings, files):
 
 
 def vocabulary_size(tokenizer):
-    """The rows that an embedding needs: the largest id and one. Some tokenizers leave numbers out."""
+    """The rows that an embedding needs: the largest id plus one. Some tokenizers leave numbers out."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
@@ -142,6 +142,9 @@ def train_tokenizer(settings, files):
 
 
 # ---- From texts to tokens -------------------------------------------------------------------------------------------
+#
+# Documents come as pieces, (split, text, last): nearly all in one piece, huge ones in several, cut at places where the
+# tokens stay the same. last is true for the final piece of a document, the one that <|endoftext|> follows.
 
 
 def split_of(text, val_fraction):
@@ -151,10 +154,10 @@ def split_of(text, val_fraction):
     return "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
 
 
-def batches(pieces, size=1_000_000):
+def batches(stream, size=1_000_000):
     """Lists of pieces that have about size bytes together."""
     batch, length = [], 0
-    for piece in pieces:
+    for piece in stream:
         batch.append(piece)
         length += len(piece[1].encode())
         if length >= size:
@@ -164,7 +167,7 @@ def batches(pieces, size=1_000_000):
         yield batch
 
 
-def tokenize(tokenizer, batches, at_once=3):
+def tokenize(tokenizer, stream, at_once=3):
     """Yield each batch with the tokens of its pieces, as uint16. The library spreads a batch over the cores; several
     batches at once keep them busy while the last pieces of one are done."""
     end_of_text = tokenizer.token_to_id(END_OF_TEXT)
@@ -176,7 +179,7 @@ def tokenize(tokenizer, batches, at_once=3):
 
     with ThreadPoolExecutor(at_once) as pool:
         pending = deque()
-        for batch in batches:
+        for batch in stream:
             pending.append(pool.submit(work, batch))
             if len(pending) == at_once:
                 yield pending.popleft().result()
@@ -202,8 +205,8 @@ def write_shard(index, file, tokenizer, origin, settings):
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
             bins = {"train": train, "val": val}
-            for batch in tokenize(tokenizer, ahead(batches(pieces(texts, tokenizer)))):
-                for (split, text, last), tokens in zip(*batch, strict=True):
+            for batch, ids in tokenize(tokenizer, ahead(batches(pieces(texts, tokenizer)))):
+                for (split, text, last), tokens in zip(batch, ids, strict=True):
                     bins[split].write(tokens)
                     hashes[split].update(tokens)
                     counts[split]["documents"] += last
@@ -247,7 +250,7 @@ def chosen(shards, number_of_files):
 
 def main(settings):
     os.environ |= {"RAYON_NUM_THREADS": str(settings.num_proc), "TOKENIZERS_PARALLELISM": "true"}
-    files, default = list_files(settings.source, settings.revision)
+    files, default = list_files(settings.source, settings.revision)  # each with name, revision, texts() and count()
     shards = chosen(settings.shards or default, len(files))
     os.makedirs(settings.data_dir, exist_ok=True)
     tokenizer, tokenizer_sha256 = get_tokenizer(settings, [files[index] for index in shards])

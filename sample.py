@@ -4,7 +4,7 @@
     python sample.py --model=HuggingFaceTB/SmolLM2-135M --prompt=FILE:opening.txt --num_samples=3
     python sample.py --model=HuggingFaceTB/SmolLM2-135M-Instruct --chat=True
 
-Nothing but the text goes to standard output, so `> story.txt` keeps it.
+Messages go to standard error, so `> story.txt` keeps the text; lines of dashes separate several samples.
 """
 
 import contextlib
@@ -59,6 +59,7 @@ def load(settings):
     if settings.compile and (reason := lacks_compiler(device)):
         print(f"generating without torch.compile: {reason}", file=sys.stderr)
     elif settings.compile:
+        print("compiling: the first token waits for it", file=sys.stderr)
         for layer in model.model.layers:
             layer.compile()
     return model, tokenizer, folder

@@ -149,7 +149,7 @@ def make_optimizers(model, settings, dtype):
 def learning_rate(step, settings):
     """The rate of the update after so many steps: up, level, down (Hu et al. 2024, arXiv 2404.06395, section 4).
 
-    The level part has no end built in: a run can be prolonged, and decayed from any of its checkpoints.
+    The level part has no end built in: a run that has not begun to decay can be resumed with a larger max_steps.
     """
     warmup = (step + 1) / max(1, settings.warmup_steps)
     decay = (settings.max_steps - step) / max(1, settings.decay_steps)
@@ -172,7 +172,7 @@ def make_model(settings, corpus, checkpoint):
             model = SmolLM2(dataclasses.replace(settings.model, vocab_size=vocab_size, **tokens))
     except ValueError as error:
         sys.exit(str(error))
-    for name, value in vars(settings.model).items():  # what is neither the default nor what the loaded model has
+    for name, value in vars(settings.model).items():  # with --init_from, the architecture is that of the checkpoint
         if settings.init_from != "scratch" and value not in (getattr(FROM_SCRATCH, name), getattr(model.config, name)):
             has = getattr(model.config, name)
             sys.exit(
@@ -358,7 +358,7 @@ def main(settings):
             evaluation_due = False
         log(step, loss, rate, grad_norm, **evaluation)
         metrics = {"loss": loss} | evaluation
-        due = step % settings.save_interval == 0 and not bad_steps  # what led to a bad step may be bad already
+        due = step % settings.save_interval == 0 and not bad_steps  # what led to a bad step may not be worth keeping
         if ranks.rank == 0 and due and not (finished or stopping):
             save(step, evaluation_due, metrics, patience=settings.timeout / 2)
         if ranks.rank == 0 and settings.sample_interval and step % settings.sample_interval == 0:

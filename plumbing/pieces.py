@@ -5,7 +5,7 @@ def pieces(texts, tokenizer, size=500_000):
     """(split, text), ... -> (split, piece of it, whether the text ends with it), ...
 
     A huge text is cut after about size characters, so that memory does not depend on its length, and only where the
-    tokenizer cuts it too, so the tokens are the same. One word, such as a genome, is never cut, and takes about 150
+    tokenizer cuts it too, so the tokens are the same. One word, such as a genome, is never cut, and takes about 120
     bytes of memory for each character.
     """
     for split, text in texts:
