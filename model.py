@@ -432,9 +432,7 @@ class SmolLM2(nn.Module):
             raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
         padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
         tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
-        slots = torch.arange(
-            T, device=device
-        )  # where the tokens are written, and their positions; shared by all caches
+        slots = torch.arange(T, device=device)  # where the tokens are written, and their positions; one tensor for all
         caches = [KVCache(self, B, S, slots) for _ in self.model.layers]
 
         def step():
@@ -444,10 +442,7 @@ class SmolLM2(nn.Module):
         logits = step()  # the prompts, all tokens at once
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
-        tokens, slots = (
-            tokens[:, -1:].clone(),
-            slots[-1:].clone(),
-        )  # from now on one token a row; the loop moves them on
+        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token a row, as the loop sets it
         for cache in caches:
             cache.slots = slots
         if device.type == "cuda":
