@@ -168,8 +168,8 @@ class Attention(nn.Module):
         fused = has_grouped_kernel(q)
         if not fused and k.size(1) < q.size(1):
             k, v = (heads.repeat_interleave(q.size(1) // k.size(1), dim=1) for heads in (k, v))  # (B, H, S, D)
-        # softmax(q k^T / sqrt(D)) v, up to the token itself where there is no mask. Grouped queries: with enable_gqa,
-        # query heads 0, 1, 2 read key/value head 0, heads 3, 4, 5 read head 1, ...
+        # softmax(q k^T / sqrt(D)) v. Without a mask each token sees itself and those before it. Grouped queries: with
+        # enable_gqa, query heads 0, 1, 2 read key/value head 0, heads 3, 4, 5 read head 1, ...
         y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=fused)
         return self.o_proj(y.type_as(x).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -287,7 +287,7 @@ class KVCache:
         # A CPU reads 16-bit weights in half the time, but its attention has to widen 16-bit keys before it multiplies.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (B, config.num_key_value_heads, S, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); zeros, since 0 x NaN is NaN
+        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); not empty: 0 x NaN is NaN
         self.values = torch.zeros_like(self.keys)
         self.slots = slots  # (T,), those that the next keys and values are written to
 
@@ -312,8 +312,8 @@ class KVCache:
 def attention_mask(token_slots, S, padding):
     """Which of S slots the tokens in token_slots (T,) see, where the first padding (B, 1) slots of a row are empty:
     (B, 1, T, S)."""
-    slots, own = torch.arange(S, device=token_slots.device), token_slots[:, None]  # (S,), (T, 1)
-    return (((slots <= own) & (slots >= padding[:, :, None])) | (slots == own))[:, None]
+    all_slots, own = torch.arange(S, device=token_slots.device), token_slots[:, None]  # (S,), (T, 1)
+    return (((all_slots <= own) & (all_slots >= padding[:, :, None])) | (all_slots == own))[:, None]
 
 
 def choose(logits, temperature, top_k, top_p, generator=None):
@@ -399,7 +399,7 @@ class SmolLM2(nn.Module):
         rotary = rotary_table(positions, self.config)  # the same for all layers
         for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers), strict=True):
             # For the backward pass a layer keeps all that it computed, or only its input (Chen et al. 2016, arXiv
-            # 1604.06174) and runs once more when the pass arrives: less memory, for a third more work.
+            # 1604.06174) and runs once more when the pass arrives: less memory, a quarter more time.
             run = partial(recomputed, layer, use_reentrant=False) if self.recompute else layer
             x = run(x, rotary, mask, cache)
         return self.model.norm(x)

@@ -191,7 +191,8 @@ def tokenize(tokenizer, stream, at_once=3):
 
 
 def write_shard(index, file, tokenizer, origin, settings):
-    """Tokenize one file into the bins of a shard, and then say in its json what it is. origin is what made it."""
+    """Tokenize one file into the bins of a shard, and then say in its json what it is. origin is what the
+    json says of how it was made."""
     folder = Path(settings.data_dir)
     for leftover in folder.glob(f"*-{index:05d}.bin.*.tmp"):
         leftover.unlink()
@@ -205,7 +206,8 @@ def write_shard(index, file, tokenizer, origin, settings):
     try:
         with bar, open(temporary["train"], "xb") as train, open(temporary["val"], "xb") as val:
             bins = {"train": train, "val": val}
-            for batch, ids in tokenize(tokenizer, ahead(batches(pieces(texts, tokenizer)))):
+            stream = ahead(batches(pieces(texts, tokenizer)))  # read in a thread, ahead of what is tokenized
+            for batch, ids in tokenize(tokenizer, stream):
                 for (split, text, last), tokens in zip(batch, ids, strict=True):
                     bins[split].write(tokens)
                     hashes[split].update(tokens)
@@ -213,8 +215,8 @@ def write_shard(index, file, tokenizer, origin, settings):
                     counts[split]["tokens"] += len(tokens)
                     counts[split]["bytes"] += len(text.encode())
                     bar.update(last)
-                total = counts["train"]["tokens"] + counts["val"]["tokens"]
-                bar.set_postfix_str(f"{total:,} tokens, {total / (time.monotonic() - start):,.0f} tokens/s")
+                tokens = counts["train"]["tokens"] + counts["val"]["tokens"]
+                bar.set_postfix_str(f"{tokens:,} tokens, {tokens / (time.monotonic() - start):,.0f} tokens/s")
         if not counts["train"]["tokens"]:
             sys.exit(f"{file.name} has no text to train on.")
         if counts["val"]["tokens"]:
@@ -232,7 +234,8 @@ def write_shard(index, file, tokenizer, origin, settings):
         unigram, bigram = counts["val"]["unigram_loss"], counts["val"]["bigram_loss"]
         print(f"baselines, in nats per token: {unigram:.2f} by frequency, {bigram:.2f} by the token before", flush=True)
     if not counts["val"]["tokens"]:
-        print("no document was kept to evaluate on, and train.py needs some: raise --val_fraction", flush=True)
+        again = f"remove {shard_path(folder, index)} and repeat with a larger --val_fraction"
+        print(f"no document was kept to evaluate on, and train.py needs some: {again}", flush=True)
 
 
 def chosen(shards, number_of_files):

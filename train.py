@@ -131,7 +131,7 @@ def make_optimizers(model, settings, dtype):
     AdamW for the rest.
 
     Weight decay pulls matrices towards 0; the weights of norms belong near 1. Muon computes in the dtype of training,
-    except that float16 would need a scaler of its own.
+    but in float32 where that is float16, which would need a scaler of its own.
     """
     muon = settings.optimizer == "muon"
     matrices = [parameter for parameter in model.parameters() if parameter.dim() == 2]
@@ -198,7 +198,7 @@ def compile_parts(model):
 
 def evaluate(model, corpus, settings, ranks, device, autocast):
     """The mean loss over the validation windows, in nats per token, and in bits per byte, which do not depend on the
-    tokenizer; and the baselines. The model runs as in training, so what was compiled serves here too."""
+    tokenizer; and the baselines. It runs without torch.no_grad(), with which the layers would be compiled once more."""
     total = torch.zeros(2, device=device)  # nats, tokens
     size = settings.micro_batch
     for first in ranks.progress(range(ranks.rank * size, len(corpus.val), ranks.size * size), "evaluation"):
@@ -265,7 +265,7 @@ def main(settings):
         flops = training_flops(model.config, settings.seq_len)
         log = Log(settings, ranks, corpus.train, device, flops, step if state else None)
     shared = {name: value for name, value in flatten(vars(settings)) if not name.endswith("_dir")}
-    ranks.agree({"step": step} | identity(corpus.shards) | shared)  # exits where they differ; folders may
+    ranks.agree({"step": step} | identity(corpus.shards) | shared)  # exits where they differ
 
     # The model on its device, compiled, and one of several.
     model.to(device)
@@ -273,7 +273,7 @@ def main(settings):
     if settings.compile and (reason := lacks_compiler(device)):
         ranks.say(f"training without torch.compile: {reason}")
     elif settings.compile:
-        ranks.say("compiling: the first step waits for it")
+        ranks.say("compiling: the first evaluation or step waits for it")
         compile_parts(model)
     replica = model
     if ranks.size > 1:  # averages gradients over the ranks while the backward pass still runs, in its own buffers
@@ -283,7 +283,8 @@ def main(settings):
     optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    # Whether this step is still to be evaluated: step 0 is, and one at which the run was stopped before it could be.
+    # restore loads optimizers and scaler, and tells whether the step is still to be evaluated, as where the run was
+    # stopped before it could be; step 0 always is.
     evaluation_due = restore(state, optimizers, scaler) if state else True
 
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -347,7 +348,7 @@ def main(settings):
         for optimizer in optimizers:
             optimizer.zero_grad(set_to_none=ranks.size == 1)  # with DDP they live in its buffers, which stay
         step += 1
-        if step > first_step + 1:  # the first one waits for the compiler
+        if step > first_step + 1:  # the first one may wait for the compiler
             log.timed(time.perf_counter() - start)
 
         # Evaluate, log, save, sample. A run that is asked to stop leaves the evaluation to its continuation.

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,10 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import hub as hub_server  # noqa: E402
+
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell lets its background jobs, and their children, ignore it
 
 # A model that takes milliseconds a step.
 SMALL = (
