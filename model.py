@@ -284,10 +284,10 @@ class KVCache:
 
     def __init__(self, model, B, S, slots):
         weight, config = model.lm_head.weight, model.config
-        # A CPU reads 16-bit weights in half the time, but its attention has to widen 16-bit keys before it multiplies.
+        # On a CPU keys and values are float32, also where weights are not: its attention would widen them at each step.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (B, config.num_key_value_heads, S, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); not empty: 0 x NaN is NaN
+        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); weight 0 x NaN were NaN
         self.values = torch.zeros_like(self.keys)
         self.slots = slots  # (T,), those that the next keys and values are written to
 
@@ -310,8 +310,8 @@ class KVCache:
 
 
 def attention_mask(token_slots, S, padding):
-    """Which of S slots the tokens in token_slots (T,) see, where the first padding (B, 1) slots of a row are empty:
-    (B, 1, T, S)."""
+    """Which of S slots the tokens in token_slots (T,) see: (B, 1, T, S). A row begins with padding (B, 1) slots that hold
+    no text."""
     all_slots, own = torch.arange(S, device=token_slots.device), token_slots[:, None]  # (S,), (T, 1)
     return (((all_slots <= own) & (all_slots >= padding[:, :, None])) | (all_slots == own))[:, None]
 
@@ -420,7 +420,7 @@ class SmolLM2(nn.Module):
         """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
         A row that has produced eos_token_id (None: no token) goes on yielding it, and generation ends when all have.
-        The rest goes to `choose`. Raises ValueError for an empty prompt, too many positions, and NaN in the logits.
+        Others are as in `choose`. Raises ValueError for an empty prompt, too many positions, and NaN in the logits.
         """
         device = self.lm_head.weight.device
         prompts, room = [torch.as_tensor(row, device=device) for row in input_ids], self.config.max_position_embeddings
@@ -432,7 +432,7 @@ class SmolLM2(nn.Module):
             raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
         padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
         tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
-        slots = torch.arange(T, device=device)  # where the tokens are written, and their positions; one tensor for all
+        slots = torch.arange(T, device=device)  # where the tokens are written, and their positions
         caches = [KVCache(self, B, S, slots) for _ in self.model.layers]
 
         def step():
@@ -442,7 +442,7 @@ class SmolLM2(nn.Module):
         logits = step()  # the prompts, all tokens at once
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
-        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one token a row, as the loop sets it
+        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one; the loop sets both for each step
         for cache in caches:
             cache.slots = slots
         if device.type == "cuda":
@@ -459,7 +459,7 @@ class SmolLM2(nn.Module):
             if i + 1 == max_new_tokens or (eos_token_id is not None and finished.all()):
                 return
             tokens.copy_(new[:, None])  # in place: a recorded step reads the same memory again
-            slots += 1
+            slots += 1  # in place too: all caches share this tensor
             logits = step()
 
     # ---- Loading and saving: a checkpoint is a folder as on the Hugging Face hub, and the names are the published ones

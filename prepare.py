@@ -191,8 +191,8 @@ def tokenize(tokenizer, stream, at_once=3):
 
 
 def write_shard(index, file, tokenizer, origin, settings):
-    """Tokenize one file into the bins of a shard, and then say in its json what it is. origin is what the
-    json says of how it was made."""
+    """Tokenize one file into the bins of a shard, then write its json: origin, which is source and settings, and what
+    was counted."""
     folder = Path(settings.data_dir)
     for leftover in folder.glob(f"*-{index:05d}.bin.*.tmp"):
         leftover.unlink()

@@ -200,11 +200,12 @@ def evaluate(model, corpus, settings, ranks, device, autocast):
     """The mean loss over the validation windows, in nats per token, and in bits per byte, which do not depend on the
     tokenizer; and the baselines. It runs without torch.no_grad(), with which the layers would be compiled once more."""
     total = torch.zeros(2, device=device)  # nats, tokens
-    size = settings.micro_batch
-    for first in ranks.progress(range(ranks.rank * size, len(corpus.val), ranks.size * size), "evaluation"):
-        windows = corpus.val[first : first + size]
+    micro_batch = settings.micro_batch
+    starts = range(ranks.rank * micro_batch, len(corpus.val), ranks.size * micro_batch)
+    for first in ranks.progress(starts, "evaluation"):
+        windows = corpus.val[first : first + micro_batch]
         count = len(windows)
-        filled = torch.cat((windows, windows[:1].expand(size - count, -1)))  # the shape that was compiled
+        filled = torch.cat((windows, windows[:1].expand(micro_batch - count, -1)))  # the shape that was compiled
         inputs, targets = filled[:, :-1], filled[:, 1:].clone()
         targets[count:] = -100  # the filling does not count
         with autocast:
@@ -267,7 +268,7 @@ def main(settings):
     shared = {name: value for name, value in flatten(vars(settings)) if not name.endswith("_dir")}
     ranks.agree({"step": step} | identity(corpus.shards) | shared)  # exits where they differ
 
-    # The model on its device, compiled, and one of several.
+    # Move the model to its device, compile it, and wrap it where there are several ranks.
     model.to(device)
     model.recompute = settings.recompute_activations
     if settings.compile and (reason := lacks_compiler(device)):
@@ -283,8 +284,8 @@ def main(settings):
     optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    # restore loads optimizers and scaler, and tells whether the step is still to be evaluated, as where the run was
-    # stopped before it could be; step 0 always is.
+    # A new run evaluates step 0. restore loads optimizers and scaler, and returns whether the run was stopped before it
+    # could evaluate its last step.
     evaluation_due = restore(state, optimizers, scaler) if state else True
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -1,5 +1,6 @@
 """What the tests share: the scripts as a user runs them, a small corpus, a tokenizer, a hub on loopback."""
 
+import functools
 import json
 import os
 import random
@@ -45,24 +46,33 @@ def command(script, *args, nproc=0):
     return [sys.executable, *launcher, *module, script, *map(str, args)]
 
 
+def execute(line, variables):
+    encoding = variables.get("PYTHONIOENCODING", "utf-8")
+    if "FORKED" not in os.environ or "torch.distributed.run" in line or variables:
+        env = environment(**variables)
+        return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, encoding=encoding, timeout=600)
+    done = forks().run(line, ROOT, environment(**variables))
+    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
+    return done
+
+
+@functools.cache
+def forks():
+    from forked import Forks
+
+    return Forks()
+
+
 def run(script, *args, nproc=0, **variables):
     """Run a script of the project as a user does, and return what it printed."""
-    done = subprocess.run(
-        command(script, *args, nproc=nproc),
-        cwd=ROOT,
-        env=environment(**variables),
-        capture_output=True,
-        encoding=variables.get("PYTHONIOENCODING", "utf-8"),
-    )
+    done = execute(command(script, *args, nproc=nproc), variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def refused(script, *args, **variables):
     """Run a script that must refuse its input, and return the sentence that it leaves with."""
-    done = subprocess.run(
-        command(script, *args), cwd=ROOT, env=environment(**variables), capture_output=True, text=True, timeout=120
-    )
+    done = execute(command(script, *args), variables)
     assert done.returncode not in (0, None), done.stdout
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr

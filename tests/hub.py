@@ -64,7 +64,7 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(200, {"errors": [], "warnings": []})  # validate-yaml, of a model card
 
     def do_GET(self):
-        parts = unquote(urlsplit(self.path).path).strip("/").split("/")
+        parts = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
         api = parts[0] == "api"
         if api:
             parts.pop(0)
@@ -79,8 +79,10 @@ class Hub(BaseHTTPRequestHandler):
             return self.answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
         if self.server.token and self.headers.get("Authorization") != f"Bearer {self.server.token}":
             return self.answer(401, X_Error_Code="GatedRepo", X_Error_Message="Access is restricted")
-        if revision not in (None, "main", COMMIT):
+        if revision not in (None, "main", COMMIT, *self.server.revisions):
             return self.answer(404, X_Error_Code="RevisionNotFound", X_Error_Message=f"Invalid rev id: {revision}")
+        if revision in self.server.branches:  # served from a folder beside the repository's
+            repo = repo.with_name(f"{repo.name}@{revision.replace('/', '-')}")
         if api and action in (None, "revision"):
             files = [{"rfilename": str(file.relative_to(repo))} for file in sorted(repo.rglob("*")) if file.is_file()]
             info = {"id": "/".join(parts[:2]), "sha": COMMIT, "private": False, "gated": False, "siblings": files}
@@ -121,6 +123,8 @@ def serve(folder, port=0, token=None):
     """Start serving in a thread; the server's address is its `endpoint`, what it was asked its `requests`."""
     server = ThreadingHTTPServer(("127.0.0.1", port), Hub)
     server.folder, server.token, server.requests = Path(folder), token, []
+    server.revisions, server.branches = set(), {"refs/convert/parquet"}  # besides main
+    server.revisions |= server.branches
     server.endpoint = f"http://127.0.0.1:{server.server_port}"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server

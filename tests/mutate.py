@@ -12,6 +12,7 @@ import ast
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -105,7 +106,8 @@ def unnoticed(base, mutant):
         for which in ("not slow", "slow"):
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", which, f"--basetemp={folder}/tests", *tests]
             try:
-                done = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=900)
+                env = os.environ | {"FORKED": "1", "OMP_NUM_THREADS": "1"}
+                done = subprocess.run(command, cwd=copy, env=env, capture_output=True, text=True, timeout=900)
             except subprocess.TimeoutExpired:
                 by = "the tests never ended"
                 break
@@ -125,6 +127,7 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     settings = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     everywhere = [mutant for file in TESTS for mutant in mutants(file)]
     drawn = random.Random(settings.seed).sample(everywhere, settings.count)
     print(f"{len(everywhere)} places and changes, of which {len(drawn)} are tried")
