@@ -25,8 +25,8 @@ adds to it; nothing else connects the layers. Comments at the ends of lines give
     H query heads (9)     K key/value heads (3)      D width of a head (64)    V vocabulary (49152)
     L layers (30)         S slots of the cache, or T     N parameters
 
-Each section ends with what it adds to the 134,515,008 parameters of the 135M. `python model.py` prints that sum, and
-what follows from it; `python model.py 1.7b` does so for another size.
+Each part's comment ends with what it adds to the 134,515,008 parameters of the 135M. `python model.py` prints that sum,
+and what follows from it; `python model.py 1.7b` does so for another size.
 """
 
 import dataclasses
@@ -287,7 +287,8 @@ class KVCache:
         # On a CPU keys and values are float32, also where weights are not: its attention would widen them at each step.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (B, config.num_key_value_heads, S, config.head_dim)
-        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D); weight 0 x NaN were NaN
+        # Not torch.empty: masked slots are multiplied by 0, and 0 x NaN would be NaN.
+        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D)
         self.values = torch.zeros_like(self.keys)
         self.slots = slots  # (T,), those that the next keys and values are written to
 
@@ -310,8 +311,7 @@ class KVCache:
 
 
 def attention_mask(token_slots, S, padding):
-    """Which of S slots the tokens in token_slots (T,) see: (B, 1, T, S). A row begins with padding (B, 1) slots that hold
-    no text."""
+    """Which of S slots the tokens in token_slots (T,) see, where rows begin with padding (B, 1) slots: (B, 1, T, S)."""
     all_slots, own = torch.arange(S, device=token_slots.device), token_slots[:, None]  # (S,), (T, 1)
     return (((all_slots <= own) & (all_slots >= padding[:, :, None])) | (all_slots == own))[:, None]
 
@@ -337,7 +337,7 @@ def choose(logits, temperature, top_k, top_p, generator=None):
 #
 # The embedding has a row of C numbers for each of V tokens: 49,152 x 576 = 28,311,552 parameters, a fifth of the 135M.
 # The head needs a matrix of the same shape, for the logits of all tokens, and uses the same one (Press & Wolf 2017,
-# arXiv 1608.05859). A second table would cost another fifth, and a shared row learns when read and when predicted.
+# arXiv 1608.05859). A second table would cost another fifth, and a shared row is trained as input and as prediction.
 #
 # Parameters: 28,311,552 (embedding) + 106,202,880 (layers) + 576 (last norm) + 0 (head, tied) = 134,515,008.
 
@@ -420,7 +420,7 @@ class SmolLM2(nn.Module):
         """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
         A row that has produced eos_token_id (None: no token) goes on yielding it, and generation ends when all have.
-        Others are as in `choose`. Raises ValueError for an empty prompt, too many positions, and NaN in the logits.
+        For the others see `choose`. Raises ValueError for an empty prompt, too many positions, and NaN in the logits.
         """
         device = self.lm_head.weight.device
         prompts, room = [torch.as_tensor(row, device=device) for row in input_ids], self.config.max_position_embeddings
@@ -442,7 +442,7 @@ class SmolLM2(nn.Module):
         logits = step()  # the prompts, all tokens at once
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
-        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one; the loop sets both for each step
+        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one a step, set in place by the loop
         for cache in caches:
             cache.slots = slots
         if device.type == "cuda":

@@ -143,8 +143,8 @@ def train_tokenizer(settings, files):
 
 # ---- From texts to tokens -------------------------------------------------------------------------------------------
 #
-# Documents come as pieces, (split, text, last): nearly all in one piece, huge ones in several, cut at places where the
-# tokens stay the same. last is true for the final piece of a document, the one that <|endoftext|> follows.
+# Documents come as pieces, (split, text, last): nearly all in one piece, huge ones in several, cut only where that does
+# not change the tokens. last is true for the final piece of a document, the one that <|endoftext|> follows.
 
 
 def split_of(text, val_fraction):

@@ -188,8 +188,8 @@ def make_model(settings, corpus, checkpoint):
 
 def compile_parts(model):
     """torch.compile the loss and the layers, which share one piece of code, as they differ in their weights alone."""
-    # With optimize_ddp, what is first compiled inside of DDP is split where its buckets end. A new run compiles in its
-    # first evaluation, outside of DDP, a resumed one in its first step, inside: the two would round differently.
+    # So that a resumed run rounds as an undisturbed one: with optimize_ddp, code first compiled inside DDP is split at
+    # the ends of DDP's gradient buckets. A new run compiles in its first evaluation, outside DDP, a resumed one inside.
     torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -213,7 +213,8 @@ def evaluate(model, corpus, settings, ranks, device, autocast):
         tokens = torch.full_like(loss, count * settings.seq_len)
         total += torch.stack([loss * tokens, tokens])
     nats, tokens = ranks.sum(total).tolist()
-    return {"val_loss": nats / tokens, "val_bpb": nats / math.log(2) / corpus.val_bytes} | corpus.baselines
+    val_bpb = nats / math.log(2) / corpus.val_bytes  # of the text of these windows
+    return {"val_loss": nats / tokens, "val_bpb": val_bpb} | corpus.baselines
 
 
 def sample(model, tokenizer, prompt, settings, device, autocast):

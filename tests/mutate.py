@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 TESTS = {  # the tests that should see a change in a file, the likeliest first
     "model.py": "model loop sample devices train learning tools",
-    "train.py": "loop train learning saving ranks faults devices tools",
+    "train.py": "loop train saving learning faults ranks devices tools",
     "prepare.py": "prepare texts learning saving faults readme",
     "sample.py": "sample chat tools devices demo",
     "plumbing/bins.py": "train loop texts saving faults learning",
@@ -96,14 +96,14 @@ def mutants(file):
             yield file, node.lineno, content[start:end].decode(), new, content[:start] + new.encode() + content[end:]
 
 
-def unnoticed(base, mutant):
+def unnoticed(base, kinds, mutant):
     """Run the tests on a changed copy, the quick ones first; whether all of them pass."""
     file, line, old, new, content = mutant
     tests = [f"tests/test_{name}.py" for name in TESTS[file].split()]
     with tempfile.TemporaryDirectory() as folder:
         copy = shutil.copytree(base, f"{folder}/project")
         Path(copy, file).write_bytes(content)
-        for which in ("not slow", "slow"):
+        for which in kinds:
             command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", which, f"--basetemp={folder}/tests", *tests]
             try:
                 env = os.environ | {"FORKED": "1", "OMP_NUM_THREADS": "1"}
@@ -126,7 +126,9 @@ def main():
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true", help="leave out the slow tests")
     settings = parser.parse_args()
+    kinds = ["not slow"] if settings.quick else ["not slow", "slow"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
     everywhere = [mutant for file in TESTS for mutant in mutants(file)]
     drawn = random.Random(settings.seed).sample(everywhere, settings.count)
@@ -134,7 +136,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.jobs) as pool:
         without = shutil.ignore_patterns(".git", ".venv", "out", "python-docs")
         base = shutil.copytree(ROOT, f"{folder}/base", ignore=without)
-        missed = sum(pool.map(partial(unnoticed, base), drawn))
+        missed = sum(pool.map(partial(unnoticed, base, kinds), drawn))
     print(f"{len(drawn) - missed} of {len(drawn)} were noticed, {1 - missed / len(drawn):.0%}")
 
 

@@ -173,17 +173,16 @@ def questions(name, task, limit):
 
 
 def encode(tokenizer, context, choice):
-    """The tokens of a context and of a choice after it. Both are encoded as one text: the choice has the tokens after
-    as many as the context has alone, and spaces at the end of the context go to the front of the choice."""
-    alone = context.rstrip()
-    tokens = tokenizer.encode(context + choice, add_special_tokens=False).ids
-    length = len(tokenizer.encode(alone, add_special_tokens=False).ids)
-    return tokens[:length], tokens[length:]
+    """The tokens of a context and of a choice after it. Both are encoded as one text, and the choice has the tokens
+    after as many as the context has alone. Spaces at the end of the context go to the front of the choice."""
+    alone = tokenizer.encode(context.rstrip(), add_special_tokens=False).ids
+    together = tokenizer.encode(context + choice, add_special_tokens=False).ids
+    return (alone, together[len(alone) :]) if len(together) > len(alone) else (together[:-1], together[-1:])
 
 
 def pack(model, encoded, budget):
-    """Lists of (number of the question, context, choices), as many as have about budget tokens together. A context that
-    is the same for all choices stands there once."""
+    """Lists of (number of the question, context, choices), as many as have about budget tokens together. The context of
+    all choices is there once, unless that would be too long."""
     budget, packed, length = min(budget, model.config.max_position_embeddings), [], 0
     for number, pairs in enumerate(encoded):
         shared = all(pair[0] == pairs[0][0] for pair in pairs)
