@@ -284,7 +284,7 @@ class KVCache:
 
     def __init__(self, model, B, S, slots):
         weight, config = model.lm_head.weight, model.config
-        # On a CPU keys and values are float32, also where weights are not: its attention would widen them at each step.
+        # float32 on a CPU, even if weights are 16-bit: attention would otherwise widen the whole cache at each step.
         dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
         shape = (B, config.num_key_value_heads, S, config.head_dim)
         # Not torch.empty: masked slots are multiplied by 0, and 0 x NaN would be NaN.
@@ -301,7 +301,7 @@ class KVCache:
 
 # Prompts of different lengths are aligned on the right, so that all rows continue in the same slot. Padding on the left
 # of a shorter one is masked. Positions need no correction for it, since attention sees distances alone. Two prompts of
-# 4 and of 2 tokens, and the slots that each token sees (1):
+# 4 and of 2 tokens; 1 marks a slot that the token sees:
 #
 #     slot        0 1 2 3          slot        0 1 2 3
 #     "the"       1 0 0 0          (padding)   1 0 0 0     padding sees itself, because a softmax over nothing
@@ -419,8 +419,8 @@ class SmolLM2(nn.Module):
     ):
         """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
-        A row that has produced eos_token_id (None: no token) goes on yielding it, and generation ends when all have.
-        For the others see `choose`. Raises ValueError for an empty prompt, too many positions, and NaN in the logits.
+        A row that has produced eos_token_id goes on yielding it, and generation ends when all have; None ends no row.
+        For top_k and the like see `choose`. Raises ValueError for an empty prompt, too many positions, NaN in logits.
         """
         device = self.lm_head.weight.device
         prompts, room = [torch.as_tensor(row, device=device) for row in input_ids], self.config.max_position_embeddings

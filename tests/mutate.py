@@ -66,7 +66,7 @@ def changes(node):
     elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
         yield node.operand
     elif isinstance(node, ast.Call):
-        for keyword in node.keywords:
+        for keyword in (keyword for keyword in node.keywords if keyword.arg != "strict"):  # it only looks for mistakes
             yield ast.Call(node.func, node.args, [other for other in node.keywords if other is not keyword])
     elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
         yield ast.Constant(...)

@@ -274,6 +274,18 @@ def test_tokenizers_that_cannot_be_used(tmp_path, corpus):
     assert "broken.json" in refused("prepare.py", *arguments, f"--tokenizer={tmp_path / 'broken.json'}")
 
 
+def test_a_tokenizer_that_cuts_and_fills_does_neither_here(tmp_path, tokenizer):
+    cutting = Tokenizer.from_file(str(tokenizer))
+    cutting.enable_truncation(5)
+    cutting.enable_padding(pad_to_multiple_of=64)
+    cutting.save(str(tmp_path / "cutting.json"))
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in TEXTS])
+    printed = small(tmp_path / "out", source, tmp_path / "cutting.json")
+    assert sorted(documents(tmp_path / "out", "train") + documents(tmp_path / "out", "val")) == sorted(TEXTS)
+    train = record(tmp_path / "out")["train"]
+    assert f"shard 00000 train: {train['documents']} documents, {train['tokens']:,} tokens" in printed
+
+
 # ---- The hub
 
 

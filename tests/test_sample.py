@@ -185,6 +185,16 @@ def test_logits_that_are_no_numbers(trained, tmp_path):
         assert "NaN" in sentence and len(sentence.splitlines()) == 1
 
 
+def test_every_way_of_choosing_arrives(trained):
+    def text(*args):
+        return run("sample.py", f"--model={trained}", PROMPT, "--max_new_tokens=30", "--temperature=1.5", *args)
+
+    likeliest = text("--temperature=0")
+    assert text("--top_k=1") == text("--top_p=1e-9") == likeliest
+    assert text("--top_k=0") != text("--top_k=3") != likeliest
+    assert len(text("--max_new_tokens=3")) < len(likeliest)
+
+
 def test_almost_no_temperature_is_none(trained):
     arguments = ("sample.py", f"--model={trained}", PROMPT, "--max_new_tokens=20")
     assert run(*arguments, "--temperature=1e-42") == run(*arguments, "--temperature=0")
