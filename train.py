@@ -187,9 +187,9 @@ def make_model(settings, corpus, checkpoint):
 
 
 def compile_parts(model):
-    """torch.compile the loss, and each layer. The layers share one piece of code: they differ in their weights alone."""
-    # A new run compiles in its evaluation of step 0, outside DDP; a resumed one inside DDP, where optimize_ddp would cut
-    # the code at the ends of gradient buckets and so round differently. Without it, both run the same code.
+    """torch.compile the loss, and each layer. Layers share one piece of code, since they differ in their weights alone."""
+    # A new run compiles in its evaluation of step 0, outside DDP; a resumed one inside, where optimize_ddp would cut the
+    # code at the ends of gradient buckets and so round differently. Without it, both run the same code.
     torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
@@ -285,8 +285,8 @@ def main(settings):
     optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    # A new run evaluates step 0. restore loads optimizers and scaler, and returns whether an evaluation was due where the
-    # run was stopped, and is still to be made.
+    # A new run evaluates step 0. restore loads optimizers and scaler, and returns whether an evaluation was due where
+    # the run was stopped, and is still to be made.
     evaluation_due = restore(state, optimizers, scaler) if state else True
 
     parameters = sum(parameter.numel() for parameter in model.parameters())

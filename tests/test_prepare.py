@@ -270,6 +270,8 @@ def test_tokenizers_that_cannot_be_used(tmp_path, corpus):
     assert "65,536" in refused("prepare.py", *arguments, f"--tokenizer={tmp_path / 'many.json'}")
     Tokenizer(models.WordLevel({"a": 0}, "a")).save(str(tmp_path / "endless.json"))
     assert "<|endoftext|>" in refused("prepare.py", *arguments, f"--tokenizer={tmp_path / 'endless.json'}")
+    Tokenizer(models.BPE()).save(str(tmp_path / "empty.json"))
+    assert "<|endoftext|>" in refused("prepare.py", *arguments, f"--tokenizer={tmp_path / 'empty.json'}")
     (tmp_path / "broken.json").write_text("{}")
     assert "broken.json" in refused("prepare.py", *arguments, f"--tokenizer={tmp_path / 'broken.json'}")
 

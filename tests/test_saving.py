@@ -75,6 +75,19 @@ def test_two_runs_in_one_folder(data, tmp_path):
     run("train.py", *args[:-3], "--max_steps=1", "--resume=True")  # the lock died with its owner
 
 
+def test_a_lock_that_is_released_is_free(tmp_path):
+    from plumbing.files import lock
+
+    code = "import sys; from plumbing.files import lock; lock(sys.argv[1], 'taken')"
+    another = [sys.executable, "-c", code, tmp_path / "lock"]
+    release = lock(tmp_path / "lock", "taken")
+    assert subprocess.run(another, cwd=ROOT, capture_output=True, text=True).stderr == "taken\n"
+    release()
+    assert not (tmp_path / "lock").exists()
+    assert subprocess.run(another, cwd=ROOT).returncode == 0
+    lock(tmp_path / "lock", "taken")()
+
+
 def test_two_prepare_the_same_shard(data, tmp_path):
     talk = tmp_path / "talk.jsonl"
     talk.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(60_000)))
