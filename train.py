@@ -187,9 +187,9 @@ def make_model(settings, corpus, checkpoint):
 
 
 def compile_parts(model):
-    """torch.compile the loss, and each layer. Layers share one piece of code, since they differ in their weights alone."""
-    # A new run compiles in its evaluation of step 0, outside DDP; a resumed one inside, where optimize_ddp would cut the
-    # code at the ends of gradient buckets and so round differently. Without it, both run the same code.
+    """torch.compile the loss, and each layer. All layers share one piece of code, as only their weights differ."""
+    # A new run compiles in its evaluation of step 0, outside DDP; a resumed one inside, where optimize_ddp would cut
+    # the code at the ends of gradient buckets and so round differently. Without it, both run the same code.
     torch._dynamo.config.optimize_ddp = False
     for layer in model.model.layers:
         layer.forward = torch.compile(layer.forward, dynamic=False)
