@@ -1,9 +1,11 @@
 """Settings: defaults, then the file, then the command line; and one sentence for what does not fit."""
 
 import dataclasses
+import math
 import subprocess
 import sys
 
+from plumbing import settings as bounds
 from plumbing.settings import load_settings
 
 import pytest
@@ -33,7 +35,7 @@ def test_precedence(file):
     assert settings.model.num_hidden_layers == 2
 
 
-def test_no_argument_is_the_mission():
+def test_without_arguments_settings_are_the_defaults():
     assert load_settings("train", train.Settings, []) == train.Settings()
     for script in (prepare, train, sample):
         of_file = load_settings(script.__name__, script.Settings, [f"{ROOT}/config/smollm2.py"])
@@ -85,6 +87,22 @@ def test_configurations_have_the_published_shapes_and_recipes():
 def test_what_does_not_fit_is_named(argument, answer):
     sentence = refused("train.py", argument)
     assert answer in sentence and len(sentence.strip()) < 900
+
+
+@pytest.mark.parametrize(
+    ("kind", "inside", "outside"),
+    [
+        (bounds.Count, (1, 2**40), (0, -1)),
+        (bounds.Natural, (0, 1, 2**63 - 1), (-1, 2**63)),
+        (bounds.Positive, (1e-9, 5.0), (0.0, -1.0, math.inf, math.nan)),
+        (bounds.NotNegative, (0.0, 1e9), (-1e-9, math.inf, math.nan)),
+        (bounds.Probability, (1e-9, 0.5, 1.0), (0.0, 1.01, math.nan)),
+        (bounds.Fraction, (0.0, 0.99), (-0.01, 1.0, math.nan)),
+    ],
+)
+def test_bounds(kind, inside, outside):
+    (bound,) = kind.__metadata__
+    assert all(map(bound.holds, inside)) and not any(map(bound.holds, outside))
 
 
 def test_wrong_name_in_a_file(tmp_path):
