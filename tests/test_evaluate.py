@@ -253,7 +253,7 @@ def test_what_cannot_be_evaluated(hub, trained, tmp_path):
     few = f"--model={trained}", "--tasks=piqa"
     assert "is none of hellaswag" in refused("tools.evaluate", f"--model={trained}", "--tasks=poetry")
     assert "not a folder" in refused("tools.evaluate", "--model=/nowhere", "--tasks=piqa")
-    sentence = refused("tools.evaluate", *few, HF_HOME=tmp_path / "cache").splitlines()[
+    sentence = refused("tools.evaluate", *few, HF_HUB_OFFLINE=1, HF_HOME=tmp_path / "cache").splitlines()[
         -1
     ]  # after the client's retries
     assert sentence.startswith("piqa, which is ybisk/piqa on the hub: the hub cannot be reached")
@@ -284,7 +284,9 @@ def test_what_is_answered_stays_when_it_is_interrupted(hub, trained):
         stderr=subprocess.PIPE,
         text=True,
     )
-    time.sleep(20)
+    while "20,000 questions" not in process.stderr.readline():
+        assert process.poll() is None
+    time.sleep(1)
     process.send_signal(signal.SIGINT)
     printed, errors = process.communicate(timeout=60)
     assert "answered so far" in errors, errors

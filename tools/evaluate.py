@@ -241,6 +241,7 @@ def evaluate(model, tokenizer, asked, budget, name):
     """Yield (choices, number of the right one, scores of all) for each question, as soon as it is answered."""
     encoded = [[encode(tokenizer, context, choice) for choice in choices] for context, choices, _ in asked]
     scores = [[] for _ in asked]
+    print(f"{name}: {len(asked):,} questions", file=sys.stderr, flush=True)
     with tqdm(total=len(asked), desc=name, unit=" questions", disable=None) as bar:
         for packed in pack(model, encoded, budget):
             found = iter(log_probabilities(model, packed))
