@@ -246,6 +246,18 @@ def test_a_trained_tokenizer_follows_the_recipe(data):
     assert tokenizer.decode(tokenizer.encode(strange).ids) == strange
 
 
+def test_a_tokenizer_is_trained_on_the_training_text_alone(tmp_path):
+    """Documents of each split have a word of their own."""
+    words = {"train": " mountain", "val": " zebra"}
+    texts = [f"document {number}{word * 20}" for number in range(400) for word in words.values()]
+    texts = [text for text in texts if words[prepare.split_of(text, 0.3)] in text]
+    assert all(any(word in text for text in texts) for word in words.values())
+    source = write_jsonl(tmp_path / "a.jsonl", [{"text": text} for text in texts])
+    run("prepare.py", f"--source={source}", f"--data_dir={tmp_path}", "--tokenizer=train:285", "--val_fraction=0.3")
+    vocabulary = Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    assert "Ġmountain" in vocabulary and not any("ze" in token for token in vocabulary)
+
+
 @pytest.mark.skipif(not REAL_TOKENIZER.exists(), reason="the published tokenizer is not here")
 def test_the_published_tokenizer():
     real = json.loads(REAL_TOKENIZER.read_text())
