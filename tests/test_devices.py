@@ -4,7 +4,7 @@ import dataclasses
 import subprocess
 import sys
 
-from plumbing.devices import peak_of
+from plumbing.devices import peak_of, sampling_dtype, training_dtype
 
 import pytest
 import torch
@@ -43,6 +43,12 @@ def test_auto_takes_the_fastest_type_of_the_processor(capability, training, samp
         check=True,
     ).stdout
     assert printed.split() == [str(training), str(sampling)]
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16"])
+def test_a_type_that_is_asked_for_is_taken(name):
+    cpu = torch.device("cpu")
+    assert training_dtype(name, cpu) == sampling_dtype(name, cpu) == getattr(torch, name)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch brings GNU's OpenMP on Linux only")

@@ -133,6 +133,21 @@ def test_mfu_is_of_all_devices(monkeypatch, tmp_path):
     assert values(tmp_path, "mfu")[1] == pytest.approx(0.5e9 / 4e12)
 
 
+def test_a_line_of_metrics_that_cannot_be_written_is_said_and_lost(tmp_path, capsys):
+    ranks = SimpleNamespace(rank=0, size=1)
+    settings = SimpleNamespace(
+        out_dir=str(tmp_path), batch_tokens=1000, repeat_steps=None, log_to="none", log_interval=1, max_steps=9
+    )
+    log = plumbing_metrics.Log(settings, ranks, SimpleNamespace(per_epoch=9, seq_len=1000), torch.device("cpu"), 1e6)
+    log.path.unlink()
+    log.path.mkdir()
+    log(1, 5.0, 0.1, 1.0)
+    assert "metrics.jsonl could not be written: Is a directory" in capsys.readouterr().out
+    log.path.rmdir()
+    log(2, 4.0, 0.1, 1.0)
+    assert values(tmp_path, "loss") == {2: 4.0}
+
+
 COUNTED = """
 import runpy, sys
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
