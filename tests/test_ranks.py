@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, command, environment, metrics, run
-from test_faults import arguments, assert_all_checkpoints_load, numbers, start, wait_for, weights
+from test_faults import arguments, assert_all_checkpoints_load, child_of, numbers, start, wait_for, weights
 from test_train import values
 
 # ---- Signals
@@ -22,10 +22,11 @@ def test_a_signal_to_launcher_and_ranks_at_once_is_one(number, data, tmp_path):
     """As a terminal, systemd and Slurm send it; torchrun sends it on to the ranks, which then have it twice."""
     slow = ["--max_steps=1000", "--batch_tokens=262144", "--eval_tokens=32"]  # seconds for a step
     launcher = command("train.py", *arguments(data, tmp_path, *slow), nproc=2)
-    process = start(*launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = start(*launcher, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     wait_for(process, "step 1/")
     before = time.monotonic()
-    os.killpg(process.pid, number)
+    for receiver in (child_of(process, rank=0), child_of(process, rank=1), process.pid):
+        os.kill(receiver, number)
     process.communicate(timeout=60)
     assert time.monotonic() - before > 0.5, "the step was over too soon to be disturbed"
     assert_all_checkpoints_load(tmp_path)
