@@ -29,8 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model import SmolLM2, SmolLM2Config, training_flops
 
-# A run from scratch follows the pretraining of SmolLM2-135M. The published 8192 positions, with the larger rope_theta,
-# came from a later stage.
+# A run from scratch follows the pretraining of SmolLM2-135M. 8192 positions and a larger rope_theta came later.
 FROM_SCRATCH = SmolLM2Config(vocab_size=0, max_position_embeddings=2048, rope_theta=10_000.0)
 
 
@@ -264,10 +263,11 @@ def main(settings):
             sys.exit(
                 f"--sample_prompt has {len(prompt)} tokens, and leaves none of the model's positions for a sample."
             )
-        flops = training_flops(model.config, settings.seq_len)
-        log = Log(settings, ranks, corpus.train, device, flops, step if state else None)
     shared = {name: value for name, value in flatten(vars(settings)) if not name.endswith("_dir")}
     ranks.agree({"step": step} | identity(corpus.shards) | shared)  # exits where they differ
+    flops = training_flops(model.config, settings.seq_len)
+    with ranks.together():  # all have looked at out_dir; now the first may write there
+        log = Log(settings, ranks, corpus.train, device, flops, step if state else None)
 
     # Move the model to its device, compile it, and wrap it where there are several ranks.
     model.to(device)

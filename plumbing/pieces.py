@@ -29,7 +29,7 @@ def last_cut(tokenizer, text, around=1000):
     """
     start = max(0, len(text) - around)
     agreed = set(range(len(text)))
-    for first in range(start, start + 8):
+    for first in range(start, start + 8) if start else [0]:
         words = tokenizer.pre_tokenizer.pre_tokenize_str(text[first:]) if tokenizer.pre_tokenizer else []
         agreed &= {first + begin for _, (begin, _) in words[1:-2]}
     for cut in sorted(agreed, reverse=True)[:100]:

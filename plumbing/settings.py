@@ -7,6 +7,7 @@ values are put before the arguments of the command line, and the last one counts
 by one parser.
 """
 
+import contextlib
 import difflib
 import math
 import os
@@ -48,10 +49,8 @@ def run(main, section, cls, interrupted=""):
     except BrokenPipeError:
         pass
     finally:
-        try:
+        with contextlib.suppress(OSError):  # what cannot be printed is given up; else Python calls that an error
             sys.stdout.flush()
-        except OSError:  # what could not be printed is given up; Python would try once more and call that an error
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 def load_settings(section, cls, argv=None):

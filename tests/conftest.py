@@ -31,7 +31,7 @@ SMALL = (
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: 10 seconds or more; leave these out with -m 'not slow'")
+    config.addinivalue_line("markers", "slow: seconds to a minute; leave these out with -m 'not slow'")
 
 
 def environment(**variables):

@@ -14,6 +14,8 @@ from conftest import ROOT, command, environment, metrics, run
 from test_faults import arguments, assert_all_checkpoints_load, child_of, numbers, start, wait_for, weights
 from test_train import values
 
+pytestmark = pytest.mark.slow
+
 # ---- Signals
 
 
@@ -140,7 +142,6 @@ def test_a_refusal_is_said_once_and_by_one_rank_with_its_number(data, tmp_path):
 # ---- DDP
 
 
-@pytest.mark.slow
 def test_compiled_ranks_resume_bitwise(data, tmp_path):
     """A model large enough for several of DDP's buckets, where its compiler would cut a layer."""
     variant = ["--dtype=bfloat16", "--compile=True", "--micro_batch=2", "--batch_tokens=128"]

@@ -78,6 +78,16 @@ def test_cutting_a_huge_text_does_not_change_its_tokens(name, kind):
     assert [id for piece in pieces for id in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
 
 
+def test_groups_of_digits_are_counted_from_their_beginning():
+    """Where a group of four begins, in a long number, depends on all digits before it, not on those nearby."""
+    in_fours = pre_tokenizers.Split(Regex(r"\p{N}{1,4}|[^\p{N}]+"), "isolated")
+    text = f"a {'0123456789' * 3001} b {'77' * 5001}"
+    tokenizer = trained_on([text], byte_level(in_fours, add_prefix_space=False, use_regex=False))
+    pieces = [piece for _, piece, _ in pieces_of([("train", text)], tokenizer, size=2501)]
+    assert len(pieces) > 10 and "".join(pieces) == text
+    assert [id for piece in pieces for id in tokenizer.encode(piece).ids] == tokenizer.encode(text).ids
+
+
 def test_where_nothing_can_be_cut_nothing_is():
     genome = text_of("genome", 3000)
     tokenizer = trained_on([genome], TOKENIZERS["SmolLM2's"]())
