@@ -36,7 +36,7 @@ TESTS = {  # the tests that should see a change in a file, the likeliest first
     "plumbing/hub.py": "prepare sample readme",
     "plumbing/metrics.py": "loop train saving tools learning ranks",
     "plumbing/pretrained.py": "model sample train tools faults",
-    "plumbing/python_docs.py": "readme",
+    "plumbing/python_docs.py": "texts readme",
     "plumbing/ranks.py": "ranks loop train faults saving",
     "plumbing/settings.py": "settings train sample saving fuzz ranks",
     "plumbing/pieces.py": "texts",

@@ -115,6 +115,8 @@ def test_no_checkpoint_is_saved_after_a_step_that_was_bad(trained, data, tmp_pat
     bad = {int(line.split()[1]) for line in printed.splitlines() if "is skipped" in line}
     saved = {int(path.name[11:]) for path in (tmp_path / "out").glob("checkpoint-*")}
     assert bad and saved == set(range(1, 21)) - bad
+    resumed = ["--dtype=float16", "--max_steps=22", "--resume=True", f"--init_from={tmp_path / 'loud'}"]
+    assert "is skipped" not in run("train.py", *arguments(data, tmp_path / "out", *resumed))  # the scale is known
 
 
 def test_mfu_is_of_all_devices(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Settings: defaults, then the file, then the command line; and one sentence for what does not fit."""
 
 import dataclasses
+import inspect
 import math
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from conftest import ROOT, refused
 import prepare
 import sample
 import train
-from model import count_parameters
+from model import SmolLM2, count_parameters
 
 CONFIGS = sorted(path.name for path in (ROOT / "config").glob("[a-z]*.py"))
 
@@ -103,6 +104,12 @@ def test_what_does_not_fit_is_named(argument, answer):
 def test_bounds(kind, inside, outside):
     (bound,) = kind.__metadata__
     assert all(map(bound.holds, inside)) and not any(map(bound.holds, outside))
+
+
+def test_one_text_is_chosen_as_another_by_default():
+    defaults = inspect.signature(SmolLM2.generate).parameters
+    for name in ("temperature", "top_k", "top_p"):
+        assert getattr(sample.Settings(), name) == defaults[name].default
 
 
 def test_wrong_name_in_a_file(tmp_path):

@@ -7,6 +7,7 @@ import re
 import subprocess
 import termios
 
+from plumbing import python_docs
 from plumbing.pieces import pieces as pieces_of
 
 import numpy as np
@@ -148,6 +149,16 @@ def test_a_folder_of_code(tmp_path, data):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "logo.png").write_bytes(b"\x00")
     assert "has no text" in refused("prepare.py", f"--source={tmp_path / 'none'}", *args)
+
+
+def test_docstrings_of_a_library(tmp_path):
+    """The longer ones, in the order of the file, of whatever has one; nothing is imported."""
+    a, b, c = (f"{name} " + "x" * (length - 2) for name, length in (("a", 201), ("b", 200), ("c", 300)))
+    source = f'"""{a}"""\nclass B:\n    """{b}"""\n    async def c(self):\n        """{c}"""\n'
+    (tmp_path / "library.py").write_text(source + "raise SystemExit\n")
+    assert python_docs.docstrings_of(tmp_path / "library.py") == [a, c]
+    (tmp_path / "other.py").write_text("print 'Python 2'")
+    assert python_docs.docstrings_of(tmp_path / "other.py") == []
 
 
 def on_a_terminal(*args):
