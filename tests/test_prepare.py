@@ -349,6 +349,7 @@ def test_a_parquet_file_of_the_hub_without_text(stocked_hub, tmp_path):
     write_parquet(folder / "train-00000-of-00104.parquet", body=["A cat."])
     sentence = refused("prepare.py", f"--data_dir={tmp_path / 'out'}", **stocked_hub.environment)
     assert "column text" in sentence and "cannot be reached" not in sentence
+    assert len(sentence.splitlines()) == 1
 
 
 def test_a_dataset_that_moved_on(stocked_hub, tmp_path, monkeypatch):

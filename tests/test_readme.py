@@ -49,6 +49,7 @@ def test_the_first_command(tmp_path):
     assert (tmp_path / "out" / "tiny" / "checkpoint-000003" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_recipes_for_your_own_text(tmp_path, hub, trained):
     published = hub.folder / "models" / "HuggingFaceTB"
     theirs = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-000040", dtype="bfloat16")

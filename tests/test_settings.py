@@ -106,6 +106,13 @@ def test_bounds(kind, inside, outside):
     assert all(map(bound.holds, inside)) and not any(map(bound.holds, outside))
 
 
+def test_the_defaults_are_what_the_recipe_says_of_itself():
+    text = " ".join((ROOT / "config" / "smollm2.py").read_text().split())
+    settings = train.Settings()
+    assert f"so {settings.max_steps} steps, {settings.warmup_steps} of them warmup" in text
+    assert f"the last {settings.decay_steps} the decay" in text and f"{settings.batch_tokens:,} (64 GPUs" in text
+
+
 def test_one_text_is_chosen_as_another_by_default():
     defaults = inspect.signature(SmolLM2.generate).parameters
     for name in ("temperature", "top_k", "top_p"):
