@@ -74,8 +74,11 @@ def get_tokenizer(settings, files):
     if to_train := settings.tokenizer.startswith("train:"):
         if not here.exists():
             release = lock(f"{here}.lock", f"another process trains {here} now; start again when it is there.")
-            write_whole(here, train_tokenizer(settings, files).to_str(pretty=True).encode())
-            release()
+            try:
+                if not here.exists():  # it may have been finished just before the lock was free
+                    write_whole(here, train_tokenizer(settings, files).to_str(pretty=True).encode())
+            finally:
+                release()
         wanted = here.read_bytes()
     elif os.path.isfile(settings.tokenizer):
         wanted = Path(settings.tokenizer).read_bytes()

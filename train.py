@@ -64,7 +64,7 @@ class Settings:
     save_interval: Count = 100  # steps between checkpoints
     keep_checkpoints: Count = 2  # how many of the newest stay
     repeat_steps: Count | None = None  # train on the batches of the first N steps only, again and again
-    max_bad_steps: Count = 10  # stop after so many steps in a row whose loss or gradient is NaN or infinite
+    max_bad_steps: Count = 10  # stop after this many steps in a row whose loss or gradient is NaN or infinite
     timeout: Count = 600  # seconds that ranks wait for each other before they give up
     sample_interval: Natural = 100  # steps between samples of text; 0: none
     sample_prompt: str = "Once upon a time"  # what the samples continue
@@ -146,7 +146,7 @@ def make_optimizers(model, settings, dtype):
 
 
 def learning_rate(step, settings):
-    """The rate of the update after so many steps: up, level, down (Hu et al. 2024, arXiv 2404.06395, section 4).
+    """The rate of the next update after step updates: up, level, down (Hu et al. 2024, arXiv 2404.06395, section 4).
 
     The level part has no end built in: a run that has not begun to decay can be resumed with a larger max_steps.
     """
@@ -293,7 +293,7 @@ def main(settings):
     ranks.say(f"{parameters:,} parameters, {dtype} on {ranks.size} x {device.type}")
     ranks.say(f"{windows_per_step} windows of {settings.seq_len} tokens a step, {corpus.train.per_epoch:,} in an epoch")
     if checkpoint:
-        ranks.say(f"resumed from {checkpoint}")
+        ranks.say(f"resumed from {checkpoint}; new shards, which are left out: {', '.join(corpus.left_out) or 'none'}")
     if settings.warmup_steps + settings.decay_steps > settings.max_steps:
         ranks.say("warmup_steps and decay_steps are more than max_steps: the learning rate does not reach its peak")
 

@@ -10,7 +10,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from plumbing.ranks import say
 from plumbing.shards import SPLITS, read_shard_json, sha256
 
 import numpy as np
@@ -30,6 +29,7 @@ class Corpus:
     tokenizer: Tokenizer
     vocab_size: int
     baselines: dict  # unigram_loss and bigram_loss, in nats: see plumbing/baselines.py
+    left_out: list  # shards that arrived after the run had begun
 
     @property
     def end_of_text(self):
@@ -68,12 +68,11 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, verify=False, listed=None)
         for name, value in identity(listed).items():
             if now.get(name) != value:
                 sys.exit(
-                    f"{data_dir}: {name} has {now.get(name)} tokens and sha256, and the run that is to be resumed had "
-                    f"{value}: bring that file back, or begin another run with --init_from."
+                    f"{data_dir}: {name} has (tokens, sha256) = {now.get(name)}, and {value} when the run began: bring "
+                    "that shard back, or begin another run with --init_from."
                 )
-        if more := shards.keys() - listed.keys():
-            say(f"{data_dir} has {len(more)} shards that this run did not begin with; they are left out")
-        shards = {name: shards[name] for name in listed}
+    left_out = sorted(shards.keys() - listed.keys()) if listed else []
+    shards = {name: shard for name, shard in shards.items() if name not in left_out}
     vocab_size = max(shard["vocab_size"] for shard in shards.values())
     bins = open_bins(folder, shards, verify)
     train = Windows(bins["train"], seq_len, seed, vocab_size)
@@ -100,7 +99,7 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, verify=False, listed=None)
         if counts
     }
     val_bytes = count_bytes(tokenizer, val[:, 1:].numpy())
-    return Corpus(shards, train, val, val_bytes, tokenizer_file, tokenizer, vocab_size, baselines)
+    return Corpus(shards, train, val, val_bytes, tokenizer_file, tokenizer, vocab_size, baselines, left_out)
 
 
 def count_bytes(tokenizer, windows):
@@ -166,7 +165,7 @@ class Windows:
 
 
 def validation_windows(bins, seq_len, tokens, vocab_size=2**16):
-    """As many windows as hold about so many tokens, spread evenly over the bins, always the same ones."""
+    """Windows that hold about this many tokens, spread evenly over the bins, always the same ones."""
     places = [(bin, start) for bin in bins for start in range(0, len(bin) - seq_len, seq_len)]
     count = min(len(places), max(1, tokens // seq_len))
     picked = [places[i] for i in np.linspace(0, len(places) - 1, count).astype(int)]

@@ -13,7 +13,7 @@ def chat_template(folder, seconds=10):
     """The template of a checkpoint as a function: [{"role": "user", "content": "Hello"}, ...] -> prompt.
 
     It is a Jinja program that can come from anyone, so it runs in a sandbox, with what transformers gives to templates,
-    and for so many seconds at most. None where there is none; exits with one sentence for one that is damaged.
+    and for a limited time. None where there is none; exits with one sentence for one that is damaged.
     """
     from jinja2 import TemplateError
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -67,7 +67,7 @@ def generation_block():
 
 
 class at_most:
-    """Ends the Python code inside of a with statement after so many seconds, also in a thread."""
+    """Ends the Python code inside of a with statement after a number of seconds, also in a thread."""
 
     def __init__(self, seconds):
         self.seconds = seconds

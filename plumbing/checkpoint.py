@@ -75,14 +75,16 @@ def load_state(checkpoint, device="cpu"):
 
 
 def restore(state, optimizers, scaler):
-    """Continue optimizers and scaler from a state, which is emptied, with the settings of today. Returns whether its
-    step is still to be evaluated."""
-    for optimizer, saved in zip(optimizers, state.pop("optimizers"), strict=True):
+    """Continue optimizers and scaler from a state, with the current settings. Returns whether its step is still to be
+    evaluated. The state is emptied, so that neither its memory nor its file is held for the rest of the run."""
+    for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         optimizer.load_state_dict(saved | {"param_groups": optimizer.state_dict()["param_groups"]})
     if state["scaler"]:  # empty, unless the run was in float16
         scaler.load_state_dict(state["scaler"])
     torch.set_rng_state(state["rng"])
-    return state.get("evaluation_due", False)
+    evaluation_due = state.get("evaluation_due", False)
+    state.clear()
+    return evaluation_due
 
 
 # ---- Saving ---------------------------------------------------------------------------------------------------------
@@ -93,13 +95,8 @@ class Saver:
     and optimizer, 12 bytes for each parameter."""
 
     def __init__(self, settings, corpus, model, optimizers, scaler):
-        self.settings, self.corpus, self.model, self.optimizers, self.scaler = (
-            settings,
-            corpus,
-            model,
-            optimizers,
-            scaler,
-        )
+        self.settings, self.corpus = settings, corpus
+        self.model, self.optimizers, self.scaler = model, optimizers, scaler
         self.thread, self.last = ThreadPoolExecutor(1), None
         if os.path.isdir(settings.out_dir):
             remove_old_checkpoints(settings)
@@ -121,7 +118,7 @@ class Saver:
         self.last = self.thread.submit(save_checkpoint, *args, start, time.perf_counter() - start)
 
     def finish(self, timeout=None):
-        """Wait for the last save, for so many seconds or without end; whether it went well."""
+        """Wait for the last save, for at most timeout seconds; returns whether it went well."""
         return self.last is None or self.last.result(timeout)
 
 

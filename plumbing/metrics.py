@@ -27,7 +27,7 @@ class Log:
         """step is that of the checkpoint that the run continues: what was written after it will be written again."""
         self.settings, self.ranks, self.peak = settings, ranks, peak_flops(device)
         self.flops_per_token = flops_per_token
-        self.epoch_tokens = windows.per_epoch * windows.seq_len  # of different ones, without end if none comes again
+        self.epoch_tokens = windows.per_epoch * windows.seq_len  # tokens of one pass over all that the run sees
         if settings.repeat_steps:
             self.epoch_tokens = min(self.epoch_tokens, settings.repeat_steps * settings.batch_tokens)
         self.first_step, self.steps, self.seconds = step or 0, 0, 0.0  # the last two: since a line of the screen
@@ -42,7 +42,7 @@ class Log:
             ranks.say(f"MFU is of {self.peak / 1e12:,.0f} Tflop/s, with causal attention counted by half")
 
     def timed(self, seconds):
-        """Count a step of so many seconds into the speed."""
+        """Count a step into the speed."""
         self.steps, self.seconds, self.last = self.steps + 1, self.seconds + seconds, seconds
 
     def __call__(self, step, loss=None, learning_rate=None, grad_norm=None, **evaluation):

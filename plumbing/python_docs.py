@@ -34,7 +34,7 @@ def texts():
 
 
 def docstrings_of(path, at_least=200):
-    """The docstrings of a source file that are longer than so many characters, in the order of the file."""
+    """The docstrings of a source file with more than at_least characters, in the order of the file."""
     with warnings.catch_warnings(action="ignore"):  # what Python thinks of the style of others
         try:
             nodes = [ast.parse(path.read_bytes())]

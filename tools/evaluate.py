@@ -24,7 +24,7 @@ from typing import Literal
 from plumbing.devices import set_up_device, training_dtype
 from plumbing.files import write_whole
 from plumbing.hub import hub_errors
-from plumbing.pretrained import find_model, list_checkpoints
+from plumbing.pretrained import find_model, list_checkpoints, read_json
 from plumbing.settings import Count, run
 
 import torch
@@ -296,7 +296,7 @@ def main(settings):
     try:
         folders = [find_model(settings.model)]
         if settings.all_checkpoints:
-            folders = list_checkpoints(settings.model) if os.path.isdir(settings.model) else folders
+            folders = (os.path.isdir(settings.model) and list_checkpoints(settings.model)) or folders
         tokenizer = Tokenizer.from_file(os.path.join(folders[-1], "tokenizer.json"))
     except ValueError as error:
         sys.exit(str(error))
@@ -304,8 +304,10 @@ def main(settings):
         sys.exit(f"{folders[-1]} has no readable tokenizer.json: {error}")
     asked = {name: questions(name, TASKS[name], settings.limit) for name in names}
     for folder in folders:
+        path = (Path(folder) if os.path.isdir(settings.model) else Path()) / "evaluation.json"
         try:
             model = SmolLM2.from_pretrained(folder, dtype, device)
+            before = read_json(path).get("tasks", {}) if path.exists() else {}
         except ValueError as error:
             sys.exit(str(error))
         answers, stopped = {name: [] for name in names}, False
@@ -316,8 +318,6 @@ def main(settings):
         except KeyboardInterrupt:  # what is answered counts
             stopped = True
         results = {name: result for name in names if (result := summary(answers[name]))}
-        path = (Path(folder) if os.path.isdir(settings.model) else Path()) / "evaluation.json"
-        before = json.loads(path.read_text(encoding="utf-8"))["tasks"] if path.exists() else {}
         content = {"model": Path(settings.model).as_posix(), "dtype": str(dtype), "tasks": before | results}
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
         print(f"{folder if settings.all_checkpoints else settings.model}\n{table(results)}\n", flush=True)
