@@ -35,6 +35,8 @@ import sys
 from dataclasses import dataclass
 from functools import partial
 
+from plumbing.devices import has_grouped_kernel
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -111,19 +113,13 @@ class SmolLM2Config:
 #
 #     y = x / sqrt(mean(x^2) + eps) * weight
 #
+# PyTorch computes it in float32 whatever the dtype of x: bfloat16 has 8 significant bits, too few for a sum of squares.
+#
 # Parameters: C = 576. There are two norms in each layer and one before the head: 576 x (2 x 30 + 1) = 35,136.
 
 
-class RMSNorm(nn.Module):
-    def __init__(self, config):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.hidden_size))
-        self.eps = config.rms_norm_eps
-
-    def forward(self, x):  # (..., C) -> (..., C)
-        x_float32 = x.float()  # bfloat16 has 8 significant bits, too few for a sum of squares
-        scale = torch.rsqrt(x_float32.pow(2).mean(-1, keepdim=True) + self.eps)  # (..., 1)
-        return self.weight * (x_float32 * scale).type_as(x)
+def make_norm(config):
+    return nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # (..., C) -> (..., C)
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -155,34 +151,38 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.head_dim = D
+        self.H, self.K, self.head_dim, self.joined = H, K, D, None
 
     def forward(self, x, rotary, mask=None, cache=None):  # rotary: the next section; mask, cache: only for generation
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
-        q, k = rotate(q, rotary), rotate(k, rotary)  # by position
+        qkv = F.linear(x, joined(self, self.q_proj, self.k_proj, self.v_proj))  # (B, T, (H + 2 K) D)
+        qk, v = qkv.view(B, T, -1, self.head_dim).transpose(1, 2).split((self.H + self.K, self.K), dim=1)
+        q, k = rotate(qk, rotary).split((self.H, self.K), dim=1)  # by position; (B, H, T, D), k and v (B, K, T, D)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, D), in the cache's dtype, which may be another than that of x
-        fused = has_grouped_kernel(q)
-        if not fused and k.size(1) < q.size(1):
-            k, v = (heads.repeat_interleave(q.size(1) // k.size(1), dim=1) for heads in (k, v))  # (B, H, S, D)
-        # softmax(q k^T / sqrt(D)) v. Without a mask each token sees itself and those before it. Grouped queries: with
-        # enable_gqa, query heads 0, 1, 2 read key/value head 0, heads 3, 4, 5 read head 1, ...
-        y = F.scaled_dot_product_attention(q.type_as(k), k, v, mask, is_causal=mask is None, enable_gqa=fused)
-        return self.o_proj(y.type_as(x).transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
+        y = attend(q.type_as(k), k, v, mask).type_as(x)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
-def has_grouped_kernel(q):
-    """Whether PyTorch has a fused attention kernel for grouped queries, which never holds the T x S weights in memory.
+def joined(block, *projections):
+    """The matrices of projections of the same input, one below the other: a GPU is faster with one large product."""
+    return torch.cat([projection.weight for projection in projections]) if block.joined is None else block.joined
 
-    There is one for CPUs, and one for 16 bits on GPUs of compute capability 8.0 or later (NVIDIA Ampere, 2020).
-    Elsewhere keys and values are repeated, so that PyTorch's memory-efficient kernel applies.
+
+def attend(q, k, v, mask=None):
+    """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
+
+    Without a mask each token sees itself and those before it. Grouped queries: query heads 0, 1, 2 read key/value head
+    0, heads 3, 4, 5 read head 1, ...
     """
-    if q.device.type == "cuda":
-        return q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
-    return q.device.type == "cpu"
+    (B, H, T, D), K = q.shape, k.size(1)
+    fused = has_grouped_kernel(q, mask)
+    if T == 1 and mask is not None and not fused:  # generation: the queries that share a key are rows of a small matrix
+        scores = q.view(B, K, H // K, D) @ k.mT / math.sqrt(D)  # (B, K, H / K, S)
+        return (scores.where(mask, -math.inf).softmax(-1) @ v).view(B, H, 1, D)
+    if not fused and K < H:
+        k, v = (heads.repeat_interleave(H // K, dim=1) for heads in (k, v))  # (B, H, S, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=fused)
 
 
 # ---- Rotary positions -----------------------------------------------------------------------------------------------
@@ -212,18 +212,22 @@ def has_grouped_kernel(q):
 
 
 def rotary_table(positions, config):
-    """Cosines and sines of the angles at positions (T,) int64, in float32: (2, T, D/2)."""
+    """Cosines and sines of the angles at positions (T,) int64, for both channels of each pair, float32: (2, T, D)."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim  # (D/2,)
     speeds = 1.0 / config.rope_theta**exponents  # (D/2,)
     angles = positions.float()[:, None] * speeds  # (T, D/2)
-    return torch.stack((angles.cos(), angles.sin()))
+    cos, sin = angles.cos(), angles.sin()
+    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
 
 
 def rotate(x, rotary):
-    """Rotate the pairs (j, j + D/2) of x (B, heads, T, D) by the angles in rotary (2, T, D/2)."""
+    """Rotate the pairs (j, j + D/2) of x (B, heads, T, D) by the angles in rotary (2, T, D).
+
+    A point (a, b) goes to (a cos - b sin, b cos + a sin), and roll puts b where a was, and a where b was.
+    """
     cos, sin = rotary
-    first, second = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).type_as(x)
+    points = x.float()
+    return (points * cos + points.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
 
 
 # ---- The MLP --------------------------------------------------------------------------------------------------------
@@ -245,9 +249,11 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.joined = None
 
     def forward(self, x):  # (B, T, C) -> (B, T, C), through (B, T, F)
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = F.linear(x, joined(self, self.gate_proj, self.up_proj)).chunk(2, dim=-1)  # (B, T, F) each
+        return self.down_proj(F.silu(gate) * up)
 
 
 # ---- A layer --------------------------------------------------------------------------------------------------------
@@ -261,9 +267,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = RMSNorm(config)
+        self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config)
+        self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, rotary, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
@@ -298,6 +304,11 @@ class KVCache:
         self.values.index_copy_(2, self.slots, values.type_as(self.values))
         return self.keys, self.values
 
+    def go_on(self, slots, copies):
+        """From here on write to slots, with several copies of each row."""
+        self.slots = slots
+        self.keys, self.values = (heads.repeat_interleave(copies, dim=0) for heads in (self.keys, self.values))
+
 
 # Prompts of different lengths are aligned on the right, so that all rows continue in the same slot. Padding on the left
 # of a shorter one is masked. Positions need no correction for it, since attention sees distances alone. Two prompts of
@@ -323,14 +334,18 @@ def choose(logits, temperature, top_k, top_p, generator=None):
     k likeliest (0: all), top_p the likeliest that together hold at least that probability (Holtzman et al. 2019, arXiv
     1904.09751). Without either, one of many thousand improbable tokens derails the text now and then.
     """
+    logits = logits.float()
     if temperature == 0:
         return logits.argmax(-1)
-    best, tokens = logits.float().topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
+    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
     probabilities = ((best - best[:, :1]) / max(temperature, 1e-6)).softmax(-1)  # (B, k); differences never overflow
     if top_p < 1:
         superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
         probabilities = probabilities.masked_fill(superfluous, 0)
-    return tokens.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
+    # i is drawn with probability p_i if it has the largest p_i / e_i, where each e_i is drawn from an exponential
+    # distribution. torch.multinomial does the same, but waits for a GPU.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return tokens.gather(1, (probabilities / noise).argmax(-1, keepdim=True)).squeeze(1)
 
 
 # ---- The model ------------------------------------------------------------------------------------------------------
@@ -354,7 +369,7 @@ class SmolLM2(nn.Module):
         self.config = config
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=RMSNorm(config)))
+        self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=make_norm(config)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
@@ -419,13 +434,16 @@ class SmolLM2(nn.Module):
     ):
         """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
 
-        A row that has produced eos_token_id goes on yielding it, and generation ends when all have; None ends no row.
-        For top_k and the like see `choose`. Raises ValueError for an empty prompt, too many positions, NaN in logits.
+        A row that has produced eos_token_id goes on yielding it, and generation ends at most 7 tokens after all have;
+        None ends no row. A prompt that all rows share is read once. For top_k and the like see `choose`. Raises
+        ValueError for an empty prompt, too many positions, NaN in logits.
         """
-        device = self.lm_head.weight.device
-        prompts, room = [torch.as_tensor(row, device=device) for row in input_ids], self.config.max_position_embeddings
+        device, room = self.lm_head.weight.device, self.config.max_position_embeddings
+        prompts = [torch.as_tensor(row, device=device) for row in input_ids]
         B, T = len(prompts), max(len(row) for row in prompts)
-        S = T + max_new_tokens
+        S, copies = T + max_new_tokens, 1
+        if all(torch.equal(row, prompts[0]) for row in prompts):
+            prompts, copies = prompts[:1], B
         if min(len(row) for row in prompts) == 0:
             raise ValueError("the prompt is empty: begin with bos_token_id")
         if room < S:
@@ -433,34 +451,46 @@ class SmolLM2(nn.Module):
         padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
         tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
         slots = torch.arange(T, device=device)  # where the tokens are written, and their positions
-        caches = [KVCache(self, B, S, slots) for _ in self.model.layers]
+        caches = [KVCache(self, len(prompts), S, slots) for _ in self.model.layers]
 
-        def step():
+        def predict():
             hidden = self.hidden_states(tokens, slots, attention_mask(slots, S, padding), caches)
             return self.lm_head(hidden[:, -1])  # (B, V)
 
-        logits = step()  # the prompts, all tokens at once
+        with torch.compiler.set_stance("force_eager"):  # each length of a prompt would be compiled anew
+            logits = predict().repeat_interleave(copies, dim=0)  # the prompts, all tokens at once
         if logits.isnan().any():
             raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
-        tokens, slots = tokens[:, -1:].clone(), slots[-1:].clone()  # from here on one a step, set in place by the loop
-        for cache in caches:
-            cache.slots = slots
-        if device.type == "cuda":
-            from plumbing.devices import recorded
 
-            step = recorded(step)  # as a CUDA graph: kernels are recorded once, then replayed
+        # From here on a step is one token for each row. All is written in place and nothing waits for the device, so a
+        # GPU can record a step as a CUDA graph.
+        padding, slots, tokens = padding.repeat_interleave(copies, dim=0), slots[-1:].clone(), tokens.new_empty(B, 1)
         finished = torch.zeros(B, dtype=torch.bool, device=device)
-        for i in range(max_new_tokens):
+        for cache in caches:
+            cache.go_on(slots, copies)
+
+        def draw(logits):
             new = choose(logits, temperature, top_k, top_p, generator)  # (B,)
             if eos_token_id is not None:
                 new = new.masked_fill(finished, eos_token_id)
-                finished |= new == eos_token_id
-            yield new
-            if i + 1 == max_new_tokens or (eos_token_id is not None and finished.all()):
+                finished.logical_or_(new == eos_token_id)
+            tokens.copy_(new[:, None])
+
+        def step():
+            slots.add_(1)
+            draw(predict())
+
+        draw(logits)
+        if device.type == "cuda":
+            from plumbing.generation import recorded
+
+            step = recorded(step, generator)
+        for i in range(max_new_tokens):
+            yield tokens[:, 0].clone()
+            # Whether all have finished is looked at now and then, because Python then waits for the device.
+            if i + 1 == max_new_tokens or (eos_token_id is not None and i % 8 == 7 and finished.all()):
                 return
-            tokens.copy_(new[:, None])  # in place: a recorded step reads the same memory again
-            slots += 1  # in place too: all caches share this tensor
-            logits = step()
+            step()
 
     # ---- Loading and saving: a checkpoint is a folder as on the Hugging Face hub, and the names are the published ones
 

@@ -8,14 +8,17 @@ Messages go to standard error, so `> story.txt` keeps the text; lines of dashes 
 """
 
 import contextlib
+import dataclasses
 import os
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from plumbing.chat import chat_template
 from plumbing.devices import lacks_compiler, sampling_dtype, set_up_device
+from plumbing.generation import join
 from plumbing.pretrained import find_model
 from plumbing.settings import Count, Natural, NotNegative, Probability, run
 
@@ -32,7 +35,7 @@ class Settings:
 
     model: str = "out/smollm2"  # out_dir of a run, a checkpoint folder, or a hub id
     prompt: str = "Once upon a time"  # text to continue, or FILE:path of one; empty: begin a document
-    num_samples: Count = 1  # continuations, one after the other
+    num_samples: Count = 1  # continuations, generated together: the first is printed as it grows, then the others
     max_new_tokens: Count = 256  # longest continuation
     temperature: NotNegative = 0.8  # below 1 likelier text, above 1 wilder, 0 always the likeliest token
     top_k: Natural = 40  # choose among the k likeliest tokens; 0: among all
@@ -41,6 +44,7 @@ class Settings:
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest here
     compile: bool = False  # torch.compile the layers first: takes a while, and pays off for long texts
+    stats: bool = False  # say at the end how fast it was
     chat: bool = False  # a conversation instead of the prompt, for models that were trained to have one
 
 
@@ -56,6 +60,7 @@ def load(settings):
         tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
     except Exception as error:  # the library has no type of its own for this
         sys.exit(f"{folder} has no readable tokenizer.json: {error}")
+    join(model)
     if settings.compile and (reason := lacks_compiler(device)):
         print(f"generating without torch.compile: {reason}", file=sys.stderr)
     elif settings.compile:
@@ -65,17 +70,51 @@ def load(settings):
     return model, tokenizer, folder
 
 
-def stream(model, tokenizer, ids, settings, generator):
-    """Yield the continuation of a prompt, given as ids, in pieces of whole characters.
+def stream(model, tokenizer, ids, settings, generator, speed=None):
+    """Yield the continuation of a prompt, given as ids, in pieces of whole characters: one piece for each token."""
+    one = dataclasses.replace(settings, num_samples=1)
+    yield from (piece for (piece,) in streams(model, tokenizer, ids, one, generator, speed))
 
-    A character may be split over several tokens: the decoder holds its first bytes back until the last has come.
-    Special tokens are not shown. Raises ValueError if prompt and continuation exceed the model's positions.
+
+def streams(model, tokenizer, ids, settings, generator, speed=None):
+    """Yield num_samples continuations of a prompt at once: for each token a list of the next piece of every one.
+
+    A character may be split over several tokens: the decoder holds its first bytes back until the last has come, and
+    the piece is empty. Special tokens are not shown. Tokens are counted in speed, if there is one. Raises ValueError if
+    prompt and continuation exceed the model's positions.
     """
     ids = ids or [model.config.bos_token_id]  # an empty prompt begins a document
+    end, count = model.config.eos_token_id, settings.num_samples
     options = dict(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, generator=generator)
-    decoder = DecodeStream(ids, skip_special_tokens=True)
-    for token in model.generate([ids], settings.max_new_tokens, eos_token_id=model.config.eos_token_id, **options):
-        yield decoder.step(tokenizer, token.item()) or ""
+    decoders, speed = [DecodeStream(ids, skip_special_tokens=True) for _ in range(count)], speed or Speed()
+    for new in model.generate([ids] * count, settings.max_new_tokens, eos_token_id=end, **options):
+        tokens = new.tolist()
+        for row, token in enumerate(tokens):
+            if token == end:
+                decoders[row] = None
+        speed.count(sum(decoder is not None for decoder in decoders))
+        pairs = zip(decoders, tokens, strict=True)
+        yield [(decoder and decoder.step(tokenizer, token)) or "" for decoder, token in pairs]
+        if not any(decoders):
+            return
+
+
+class Speed:
+    """A stopwatch for the text that is generated from here on."""
+
+    def __init__(self):
+        self.start, self.first, self.tokens = time.perf_counter(), None, 0
+
+    def count(self, tokens):
+        self.last = time.perf_counter()
+        self.tokens += tokens if self.first else 0
+        self.first = self.first or self.last
+
+    def __str__(self):
+        if not self.tokens:
+            return ""
+        rate = self.tokens / (self.last - self.first)
+        return f"{rate:,.1f} tokens per second, the first after {self.first - self.start:.2f} s"
 
 
 # ---- Conversations --------------------------------------------------------------------------------------------------
@@ -139,17 +178,19 @@ def main(settings):
                 "HuggingFaceTB/SmolLM2-135M-Instruct has one, or leave out --chat=True."
             )
         return chat(model, tokenizer, template, settings, generator)
+    opening, others, speed = prompt, [""] * (settings.num_samples - 1), Speed()
     try:
-        for number in range(settings.num_samples):
-            if number:
-                print("\n" + "-" * 80)
-            pieces = stream(model, tokenizer, tokenizer.encode(prompt).ids, settings, generator)
-            print(prompt + next(pieces, ""), end="", flush=True)
-            for piece in pieces:
-                print(piece, end="", flush=True)
-            print()
+        for first, *rest in streams(model, tokenizer, tokenizer.encode(prompt).ids, settings, generator, speed):
+            print(opening + first, end="", flush=True)
+            opening = ""
+            others = [text + piece for text, piece in zip(others, rest, strict=True)]
+        for text in others:
+            print(f"\n\n{'-' * 80}\n{prompt}{text}", end="")
+        print()
     except ValueError as error:  # prompt and continuation exceed the model's positions; logits that are NaN
         sys.exit(str(error))
+    if settings.stats:
+        print(speed, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -118,23 +118,15 @@ def lacks_compiler(device):
     return None
 
 
-def recorded(step):
-    """A CUDA graph of a step: a function that runs it again on the same memory.
+# ---- Attention ------------------------------------------------------------------------------------------------------
 
-    A step of generation launches hundreds of kernels, and Python takes longer to launch one than the GPU to run it. A
-    graph is launched as a whole.
+
+def has_grouped_kernel(q, mask):
+    """Whether PyTorch has a fused attention kernel for grouped queries, which never holds the T x S weights in memory.
+
+    There is one for CPUs, and one for 16 bits without a mask on GPUs of compute capability 8.0 or later (NVIDIA Ampere,
+    2020). Elsewhere keys and values are repeated, so that PyTorch's memory-efficient kernel applies.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # not recorded: what libraries set up on their first call
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        result = step()
-
-    def replay():
-        graph.replay()
-        return result
-
-    return replay
+    if q.device.type == "cuda":
+        return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8
+    return q.device.type == "cpu"

@@ -103,11 +103,12 @@ def test_repeated_keys_give_the_numbers_of_grouped_queries(monkeypatch):
     ids = torch.randint(64, (2, 17))
     results = []
     for grouped in (True, False):
-        monkeypatch.setattr(model, "has_grouped_kernel", lambda q, grouped=grouped: grouped)
+        monkeypatch.setattr(model, "has_grouped_kernel", lambda q, mask, grouped=grouped: grouped)
         ours.zero_grad()
         loss = ours(ids[:, :-1], ids[:, 1:])
         loss.backward()
-        texts = torch.stack(list(ours.generate(ids[:, :5], 8, temperature=0, eos_token_id=None)))
+        prompts = [ids[0, :5].tolist(), ids[1, :3].tolist()]
+        texts = torch.stack(list(ours.generate(prompts, 8, temperature=0, eos_token_id=None)))
         results.append(([loss.detach()] + [parameter.grad for parameter in ours.parameters()], texts))
     for one, other in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
@@ -134,9 +135,11 @@ def test_which_gpus_have_a_kernel_for_grouped_queries(major, dtype, grouped, mon
         major: int
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties(major))
-    assert model.has_grouped_kernel(Query(torch.device("cuda"), dtype)) is grouped
-    assert model.has_grouped_kernel(Query(torch.device("cpu"), torch.float32))
-    assert not model.has_grouped_kernel(Query(torch.device("mps"), torch.float32))
+    mask = torch.ones(1)
+    assert model.has_grouped_kernel(Query(torch.device("cuda"), dtype), None) is grouped
+    assert not model.has_grouped_kernel(Query(torch.device("cuda"), dtype), mask)
+    assert model.has_grouped_kernel(Query(torch.device("cpu"), torch.float32), mask)
+    assert not model.has_grouped_kernel(Query(torch.device("mps"), torch.float32), None)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from plumbing.generation import join
 from plumbing.pretrained import read_config
 
 import pytest
@@ -19,12 +20,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from model import (
     KVCache,
-    RMSNorm,
     SmolLM2,
     SmolLM2Config,
     attention_mask,
     choose,
     count_parameters,
+    make_norm,
     rotary_table,
     rotate,
     training_flops,
@@ -222,13 +223,13 @@ def test_the_rotary_table_is_right_at_the_end_of_the_longest_text():
     config, positions = SmolLM2Config(), torch.arange(8000, 8192)
     speeds = config.rope_theta ** -(torch.arange(0, 64, 2).double() / 64)
     exact = (positions.double()[:, None] * speeds).cos()
-    assert distance(rotary_table(positions, config)[0], exact) < 1e-3
+    assert distance(rotary_table(positions, config)[0, :, :32], exact) < 1e-3
     assert distance((positions.bfloat16()[:, None] * speeds.bfloat16()).cos(), exact) > 0.5
 
 
 def test_rmsnorm_of_16_bit_numbers_is_only_rounded(model):
     x = torch.randn(4, 64).bfloat16() * 30
-    norm = RMSNorm(SmolLM2Config(hidden_size=64)).bfloat16()
+    norm = make_norm(SmolLM2Config(hidden_size=64)).bfloat16()
     exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-5).sqrt()
     assert distance(norm(x), exact) < 2**-8
     assert distance(norm(x), exact) < distance(x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt(), exact)
@@ -294,6 +295,36 @@ def test_prompts_of_different_lengths_are_continued_as_if_alone(model, ids):
         assert torch.equal(greedy(model, [prompt], 20)[0], row)
 
 
+def test_a_prompt_that_all_rows_share_is_read_once(model, ids):
+    rows_read, hidden_states = [], model.hidden_states
+
+    def watched(tokens, *args):
+        rows_read.append(tuple(tokens.shape))
+        return hidden_states(tokens, *args)
+
+    model.hidden_states = watched
+    prompt = ids[:1, :9]
+    rows = greedy(model, prompt.repeat(3, 1), 12)
+    assert rows_read[:2] == [(1, 9), (3, 1)]
+    assert torch.equal(rows, greedy(model, prompt, 12).repeat(3, 1))
+    drawn = torch.stack(list(model.generate([prompt[0].tolist()] * 3, 12)), 1)
+    assert len(set(map(tuple, drawn.tolist()))) == 3
+
+
+def test_joined_matrices_write_the_same_and_need_no_memory(model, ids, tmp_path):
+    text, loss = greedy(model, ids[:, :5], 20), model(ids[:, :-1], ids[:, 1:])
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    join(model)
+    assert torch.equal(greedy(model, ids[:, :5], 20), text)
+    assert torch.equal(model(ids[:, :-1], ids[:, 1:]), loss)
+    block = model.model.layers[1].self_attn
+    assert block.k_proj.weight.data_ptr() == block.joined[block.q_proj.out_features :].data_ptr()
+    model.save_pretrained(tmp_path)
+    again = SmolLM2.from_pretrained(tmp_path)
+    assert before.keys() == dict(again.named_parameters()).keys()
+    assert all(torch.equal(parameter, before[name]) for name, parameter in again.named_parameters())
+
+
 @pytest.mark.slow
 def test_compiled_layers_write_the_same(model, ids):
     eager = greedy(model, ids[:, :5], 10)
@@ -318,6 +349,7 @@ def test_generation_ends_at_the_end_token(model, ids):
         stop = unbounded.tolist().index(end) + 1 if end in unbounded else len(row)
         assert row[:stop].tolist() == unbounded[:stop].tolist()
         assert (row[stop:] == end).all()
+    assert len(list(model.generate(ids[:1, :5], 30, temperature=0, eos_token_id=end))) <= 4 + 7
 
 
 def test_too_many_positions_are_refused(model, ids):

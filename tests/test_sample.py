@@ -1,6 +1,7 @@
 """Text from a checkpoint, through the command line."""
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,45 @@ def test_several_samples_from_a_prompt_in_a_file(trained, tmp_path):
     samples = text.split("\n" + "-" * 80 + "\n")
     assert len(samples) == 3 and all(sample.startswith("7: A cat") for sample in samples)
     assert len(set(samples)) > 1
+
+
+def test_how_fast_it_was(trained):
+    done = subprocess.run(
+        command("sample.py", f"--model={trained}", PROMPT, "--max_new_tokens=20", "--stats=True"),
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+    )
+    said = done.stderr.splitlines()[-1]
+    assert re.fullmatch(r"[\d,]+\.\d tokens per second, the first after \d+\.\d\d s", said)
+    assert "tokens per second" not in done.stdout
+
+
+def test_speed_counts_what_comes_after_the_first_token(monkeypatch):
+    clock = iter([10.0, 12.0, 12.5, 13.0])
+    monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
+    speed = sample.Speed()
+    for tokens in (3, 3, 1):
+        speed.count(tokens)
+    assert str(speed) == "4.0 tokens per second, the first after 2.00 s"
+
+
+def test_a_text_that_has_ended_stays_as_it_is(trained):
+    """Rows end at different tokens; what comes after the end of one is not shown, and not counted."""
+    _, tokenizer, _ = sample.load(sample.Settings(model=str(trained)))
+    letters = [tokenizer.token_to_id(letter) for letter in "abc"]
+    assert None not in letters
+    rows = [[letters[0], 0, letters[1]], [letters[1], letters[2], 0]]
+
+    class Rows(Spells):
+        def generate(self, *args, **options):
+            return (torch.tensor(step) for step in zip(*self.ids, strict=True))
+
+    speed, two = sample.Speed(), sample.Settings(num_samples=2)
+    pieces = list(sample.streams(Rows([[*row, letters[0]] for row in rows]), tokenizer, [1], two, None, speed))
+    assert ["".join(row) for row in zip(*pieces, strict=True)] == ["a", "bc"]
+    assert speed.tokens == 1
 
 
 def test_an_empty_prompt_begins_a_document(trained):
@@ -147,12 +187,12 @@ def test_only_whole_characters_are_printed_and_no_special_tokens():
     alphabet = {letter: id + 1 for id, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE({"<|endoftext|>": 0} | alphabet, []))
     tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
+    tokenizer.add_special_tokens(["<|endoftext|>", "<|im_start|>"])
     text = "né \U0001f600!"
     ids = tokenizer.encode(text).ids
     assert len(ids) == len(text.encode())
     generator = torch.Generator()
-    model, prompt = Spells([*ids[:3], 0, *ids[3:]]), tokenizer.encode("a").ids
+    model, prompt = Spells([*ids[:3], 257, *ids[3:], 0, 1]), tokenizer.encode("a").ids
     pieces = list(sample.stream(model, tokenizer, prompt, sample.Settings(), generator))
     assert [piece for piece in pieces if piece] == list(text)
 
