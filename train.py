@@ -19,6 +19,7 @@ from typing import Literal
 from plumbing.bins import identity, open_corpus
 from plumbing.checkpoint import Saver, restore, resume
 from plumbing.devices import lacks_compiler, set_up_device, to_device, training_dtype
+from plumbing.memory import choose_micro_batch
 from plumbing.metrics import Log
 from plumbing.pretrained import find_model, newest_checkpoint
 from plumbing.ranks import Ranks, StopSignal, reports_lost_ranks
@@ -41,7 +42,7 @@ class Settings:
     verify_data: bool = False  # read all of it first, and compare it with the sha256 that prepare.py noted
     out_dir: str = "out/smollm2"  # folder for metrics and checkpoints
     seq_len: Count = 2048  # tokens of a training window
-    micro_batch: Count = 8  # windows on one device at once; raise it as far as memory allows
+    micro_batch: Count | None = None  # windows on one device at once; unset: as many as its memory holds
     batch_tokens: Count = 1_048_576  # tokens of one optimizer step, over all devices and micro-batches
     max_steps: Count = 1000  # optimizer steps
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the matrices of the layers, AdamW for the rest
@@ -236,21 +237,20 @@ def main(settings):
     ranks = Ranks(settings.timeout)
     windows_per_step = settings.batch_tokens // settings.seq_len
     share = windows_per_step // ranks.size  # windows of a step on this rank
-    accumulation = share // settings.micro_batch  # micro-batches of a step on this rank
 
     with ranks.together():  # a sys.exit in here, on any of them, ends all; its sentence is printed once
-        unit = settings.seq_len * settings.micro_batch * ranks.size
+        unit = settings.seq_len * (settings.micro_batch or 1) * ranks.size
         if settings.batch_tokens % unit:
             sys.exit(
                 f"--batch_tokens={settings.batch_tokens} must be a multiple of seq_len x micro_batch x devices, "
-                f"{settings.seq_len} x {settings.micro_batch} x {ranks.size}: "
+                f"{settings.seq_len} x {settings.micro_batch or 1} x {ranks.size}: "
                 f"{max(1, round(settings.batch_tokens / unit)) * unit} is one."
             )
         device = set_up_device(settings.device, ranks.local_rank)
         dtype = training_dtype(settings.dtype, device)
 
         # Data, and the checkpoint to continue from: (None, None) for a new run.
-        checkpoint, state = resume(settings, device, ranks.rank == 0)
+        checkpoint, state = resume(settings, device, ranks)
         step = state["step"] if state else 0
         of_data = settings.data_dir, settings.seq_len, settings.seed, settings.eval_tokens, settings.verify_data
         corpus = open_corpus(*of_data, state["data"] if state else None)
@@ -272,11 +272,19 @@ def main(settings):
     # Move the model to its device, compile it, and wrap it where there are several ranks.
     model.to(device)
     model.recompute = settings.recompute_activations
-    if settings.compile and (reason := lacks_compiler(device)):
+    reason = lacks_compiler(device)
+    if settings.compile and reason:
         ranks.say(f"training without torch.compile: {reason}")
     elif settings.compile:
         ranks.say("compiling: the first evaluation or step waits for it")
         compile_parts(model)
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    if not settings.micro_batch:  # results do not depend on it, but for rounding; so a resumed run keeps its own
+        compiled = settings.compile and not reason
+        fitting, words = choose_micro_batch(model, share, settings.seq_len, dtype, autocast, compiled)
+        settings.micro_batch = min(ranks.gather(fitting))
+        ranks.say(f"windows on a device: {words}")
+    accumulation = share // settings.micro_batch  # micro-batches of a step on this rank
     replica = model
     if ranks.size > 1:  # averages gradients over the ranks while the backward pass still runs, in its own buffers
         replica = DistributedDataParallel(model, gradient_as_bucket_view=True)
@@ -284,7 +292,6 @@ def main(settings):
     # Optimizer.
     optimizers = make_optimizers(model, settings, dtype)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)  # keeps float16 gradients away from 0
-    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     # A new run evaluates step 0. restore loads optimizers and scaler, and returns whether an evaluation was due where
     # the run was stopped, and is still to be made.
     evaluation_due = restore(state, optimizers, scaler) if state else True

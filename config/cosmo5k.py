@@ -15,7 +15,6 @@ prepare = dict()
 train = dict(
     out_dir=out_dir,
     seq_len=512,
-    micro_batch=32,
     batch_tokens=16_384,
     max_steps=5000,
     learning_rate=3e-4,

@@ -10,7 +10,6 @@ prepare = dict()
 
 train = dict(
     out_dir=out_dir,
-    micro_batch=4,
     batch_tokens=2_097_152,
     max_steps=500,
     learning_rate=5e-4,

@@ -10,7 +10,6 @@ prepare = dict()
 
 train = dict(
     out_dir=out_dir,
-    micro_batch=6,
     batch_tokens=1_572_864,
     max_steps=700,
     warmup_steps=70,

@@ -33,7 +33,7 @@ def claim(out_dir):
     lock(Path(out_dir, ".lock"), f"{out_dir} is in use by another run; take another --out_dir.")
 
 
-def resume(settings, device, first):
+def resume(settings, device, ranks):
     """The newest checkpoint of out_dir and the trainer's state in it, or (None, None) for a new run. Exits with one
     sentence where the two would mix, or where the run would continue as another. The first rank claims the folder."""
     out_dir = Path(settings.out_dir)
@@ -42,7 +42,7 @@ def resume(settings, device, first):
         sys.exit(f"{out_dir} already holds a run: continue it with --resume=True, or take another --out_dir.")
     if not checkpoint:
         return None, None
-    if first:
+    if ranks.rank == 0:
         claim(out_dir)
         checkpoint = newest_checkpoint(out_dir)  # before this, another run may have gone on
     state = load_state(checkpoint, device)
@@ -55,6 +55,9 @@ def resume(settings, device, first):
                 f"{checkpoint} was trained with {name} = {then.get(name)}, now it is {now.get(name)}: resume a run "
                 "with the same, or begin another with --init_from."
             )
+    before = state["settings"]["micro_batch"]
+    if not settings.micro_batch and settings.batch_tokens % (settings.seq_len * before * ranks.size) == 0:
+        settings.micro_batch = before  # so that it continues bit for bit
     return checkpoint, state
 
 

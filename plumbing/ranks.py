@@ -94,12 +94,18 @@ class Ranks:
 
 
 def reports_lost_ranks(main):
-    """A main whose broken connection to another rank ends it with one sentence."""
+    """A main that ends with one sentence if its connection to another rank breaks, or memory runs out."""
 
     @functools.wraps(main)
     def wrapper(settings):
         try:
             main(settings)
+        except torch.OutOfMemoryError as error:
+            reason = str(error).split(". ")[0]
+            sys.exit(
+                f"{reason}, with --micro_batch={settings.micro_batch}: a smaller one needs less, and so does "
+                "--recompute_activations=True."
+            )
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise

@@ -49,7 +49,7 @@ def test_without_arguments_settings_are_the_defaults():
 def test_every_configuration_fits_every_script(name, script):
     settings = load_settings(script.__name__, script.Settings, [str(ROOT / "config" / name)])
     if script is train:
-        assert settings.batch_tokens % (settings.seq_len * settings.micro_batch) == 0
+        assert settings.batch_tokens % (settings.seq_len * (settings.micro_batch or 1)) == 0
 
 
 def test_the_two_small_runs():
