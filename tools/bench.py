@@ -1,6 +1,6 @@
 """Speed, side by side with what people use instead, on the machine it runs on.
 
-    python -m tools.bench all                     everything there is to measure; hours on a CPU, minutes on a GPU
+    python -m tools.bench all                     all of the below, hours; on a GPU what runs there, under ten minutes
     python -m tools.bench train --size=135m       a training step against transformers, as it comes and compiled
     python -m tools.bench sample                  generation against transformers and, with --gguf=FILE, llama.cpp
     python -m tools.bench prepare                 tokenizing against the tokenizer alone, and against datasets.map
@@ -33,11 +33,12 @@ from typing import Literal
 
 from plumbing.bins import open_corpus
 from plumbing.devices import peak_flops, sampling_dtype, set_up_device, to_device, training_dtype
+from plumbing.generation import join
 
 import torch
 import tyro
 
-from model import SmolLM2, SmolLM2Config, training_flops
+from model import SmolLM2, SmolLM2Config, count_parameters, training_flops
 from train import Settings as TrainSettings
 from train import compile_parts, make_optimizers
 
@@ -50,9 +51,9 @@ class Settings:
 
     what: tyro.conf.Positional[Literal["all", "train", "sample", "prepare", "load", "learn", "start", "ranks"]]
     size: Literal["135m", "360m", "1.7b"] = "135m"  # of the model to train and to sample from
-    rounds: int = 5  # turns that each contestant takes
+    rounds: int | None = None  # turns that each contestant takes; unset: 5 on a CPU, 3 on a GPU
     seq_len: int | None = None  # tokens of a training window; unset: 512 on a CPU, 2048 on a GPU
-    micro_batches: tuple[int, ...] | None = None  # windows at once, of which the best counts; unset: 2, or 8 to 64
+    micro_batches: tuple[int, ...] | None = None  # windows at once, of which the best counts; unset: 2, or 16 and 32
     batch_sizes: tuple[int, ...] | None = None  # texts to generate at once; unset: 1, and on a GPU 64
     gguf: str | None = None  # the model of that size, as llama.cpp's convert_hf_to_gguf.py made it with --outtype=bf16
     tokenizer: str = "HuggingFaceTB/cosmo2-tokenizer"  # to prepare with: hub id or path
@@ -226,7 +227,7 @@ def peak_memory(step):
 def bench_train(settings, device):
     cuda = device.type == "cuda"
     seq_len = settings.seq_len or (2048 if cuda else 512)
-    micro_batches = settings.micro_batches or ((8, 16, 32, 64) if cuda else (2,))
+    micro_batches = settings.micro_batches or ((16, 32) if cuda else (2,))
     contestants, sizes, memory, losses = {}, {}, {}, {}
     for name in ("ours", "transformers", "transformers, compiled"):
         speeds = {}
@@ -265,10 +266,22 @@ def bench_train(settings, device):
 # ---- Generation -----------------------------------------------------------------------------------------------------
 
 
+COPY = "reading the weights alone"  # the ratio is MBU, the share of the memory's speed that generation uses
+
+
 def generator(name, size, batch_size, device_name, gguf=None):
     """A contestant: writes 128 tokens after a prompt of 16, always the likeliest, in the 16-bit type that suits it."""
     device, new = contestants_device(name, device_name), 128
     torch.manual_seed(0)
+    if name == COPY:
+        here = torch.ones(count_parameters(model_config(size)), dtype=torch.uint8, device=device)
+        there = torch.empty_like(here)  # each byte is read and written: as many as 16-bit weights have
+
+        def copy():
+            for _ in range(new):
+                there.copy_(here)
+
+        return copy
     model = SmolLM2(model_config(size)).to(device)
     prompt = torch.randint(1, model.config.vocab_size, (batch_size, 16), device=device)
     if name == "llama.cpp":
@@ -284,6 +297,7 @@ def generator(name, size, batch_size, device_name, gguf=None):
             tokens.close()
     elif name.startswith("ours"):
         model.to(sampling_dtype("auto", device))
+        join(model)
         if name == "ours":
             for layer in model.model.layers:
                 layer.compile()
@@ -305,8 +319,8 @@ def bench_sample(settings, device):
     rows = []
     for batch_size in settings.batch_sizes or ((1, 64) if device.type == "cuda" else (1,)):
         names = ["ours", "ours, not compiled", "transformers, dynamic cache", "transformers, static cache"]
-        if settings.gguf and batch_size == 1:
-            names.append("llama.cpp")
+        if batch_size == 1:
+            names += [COPY] + (["llama.cpp"] if settings.gguf else [])
         args = settings.size, batch_size, settings.device, settings.gguf
         contestants = {name: Contestant(generator, name, *args) for name in names}
         for contestant in contestants.values():  # what is compiled is compiled
@@ -544,7 +558,9 @@ def main(settings):
     path = ROOT / "tools" / "results" / f"{re.sub('[^A-Za-z0-9]+', '-', name).lower()}.json"
     rows = json.loads(path.read_text()) if path.exists() else []
     benches = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
-    for what in benches if settings.what == "all" else [settings.what]:
+    settings.rounds = settings.rounds or (3 if device.type == "cuda" else 5)
+    everything = ("train", "sample", "start") if device.type == "cuda" else benches
+    for what in everything if settings.what == "all" else [settings.what]:
         new = benches[what](settings, device)
         mine = {(row["what"], row["against"]) for row in new}
         rows = [row for row in rows if (row["what"], row["against"]) not in mine] + new
