@@ -70,50 +70,52 @@ def load(settings):
     return model, tokenizer, folder
 
 
-def stream(model, tokenizer, ids, settings, generator, speed=None):
+def stream(model, tokenizer, ids, settings, generator, trace=None):
     """Yield the continuation of a prompt, given as ids, in pieces of whole characters: one piece for each token."""
     one = dataclasses.replace(settings, num_samples=1)
-    yield from (piece for (piece,) in streams(model, tokenizer, ids, one, generator, speed))
+    yield from (piece for (piece,) in streams(model, tokenizer, ids, one, generator, trace))
 
 
-def streams(model, tokenizer, ids, settings, generator, speed=None):
+def streams(model, tokenizer, ids, settings, generator, trace=None):
     """Yield num_samples continuations of a prompt at once: for each token a list of the next piece of every one.
 
     A character may be split over several tokens: the decoder holds its first bytes back until the last has come, and
-    the piece is empty. Special tokens are not shown. Tokens are counted in speed, if there is one. Raises ValueError if
+    the piece is empty. Special tokens are not shown. Tokens are noted in a trace, if there is one. Raises ValueError if
     prompt and continuation exceed the model's positions.
     """
     ids = ids or [model.config.bos_token_id]  # an empty prompt begins a document
     end, count = model.config.eos_token_id, settings.num_samples
     options = dict(temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, generator=generator)
-    decoders, speed = [DecodeStream(ids, skip_special_tokens=True) for _ in range(count)], speed or Speed()
+    decoders, trace = [DecodeStream(ids, skip_special_tokens=True) for _ in range(count)], trace or Trace()
     for new in model.generate([ids] * count, settings.max_new_tokens, eos_token_id=end, **options):
         tokens = new.tolist()
         for row, token in enumerate(tokens):
             if token == end:
                 decoders[row] = None
-        speed.count(sum(decoder is not None for decoder in decoders))
+        trace.add(tokens[0], sum(decoder is not None for decoder in decoders))
         pairs = zip(decoders, tokens, strict=True)
         yield [(decoder and decoder.step(tokenizer, token)) or "" for decoder, token in pairs]
         if not any(decoders):
             return
 
 
-class Speed:
-    """A stopwatch for the text that is generated from here on."""
+class Trace:
+    """What is generated from here on, token by token, and how fast."""
 
     def __init__(self):
-        self.start, self.first, self.tokens = time.perf_counter(), None, 0
+        self.ids, self.counted, self.start, self.first = [], 0, time.perf_counter(), None
 
-    def count(self, tokens):
+    def add(self, token, count):
+        """A token of the first continuation, and how many were generated with it in all."""
         self.last = time.perf_counter()
-        self.tokens += tokens if self.first else 0
+        self.ids.append(token)
+        self.counted += count if self.first else 0  # the first is a time of its own: it waits for the prompt
         self.first = self.first or self.last
 
     def __str__(self):
-        if not self.tokens:
+        if not self.counted:
             return ""
-        rate = self.tokens / (self.last - self.first)
+        rate = self.counted / (self.last - self.first)
         return f"{rate:,.1f} tokens per second, the first after {self.first - self.start:.2f} s"
 
 
@@ -178,9 +180,9 @@ def main(settings):
                 "HuggingFaceTB/SmolLM2-135M-Instruct has one, or leave out --chat=True."
             )
         return chat(model, tokenizer, template, settings, generator)
-    opening, others, speed = prompt, [""] * (settings.num_samples - 1), Speed()
+    opening, others, trace = prompt, [""] * (settings.num_samples - 1), Trace()
     try:
-        for first, *rest in streams(model, tokenizer, tokenizer.encode(prompt).ids, settings, generator, speed):
+        for first, *rest in streams(model, tokenizer, tokenizer.encode(prompt).ids, settings, generator, trace):
             print(opening + first, end="", flush=True)
             opening = ""
             others = [text + piece for text, piece in zip(others, rest, strict=True)]
@@ -190,7 +192,7 @@ def main(settings):
     except ValueError as error:  # prompt and continuation exceed the model's positions; logits that are NaN
         sys.exit(str(error))
     if settings.stats:
-        print(speed, file=sys.stderr)
+        print(trace, file=sys.stderr)
 
 
 if __name__ == "__main__":

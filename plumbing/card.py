@@ -1,10 +1,12 @@
 """The model card of a checkpoint: its README.md, with the metadata that the hub reads."""
 
+import contextlib
 import dataclasses
 import json
 import re
 from pathlib import Path
 
+from plumbing.files import write_whole
 from plumbing.shards import from_hub
 
 CARD = """---
@@ -38,6 +40,7 @@ The settings of the run:
 def model_card(config, tensors, settings, shards, step, metrics):
     """The card as Markdown: what the model was trained on, how far, how to use it. No paths of the machine."""
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front += ["widget:", f"- text: {json.dumps(settings.sample_prompt)}"]
     datasets = sorted({repository(shard) for shard in shards.values() if repository(shard)})
     front += ["datasets:", *(f"- {dataset}" for dataset in datasets)] if datasets else []
     if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.init_from) and not Path(settings.init_from).exists():
@@ -74,3 +77,26 @@ def origin(shard):
     if repository(shard):
         return f"{repository(shard)}, {shard['file']} at {shard['revision'][:7]}"
     return Path(str(shard.get("file"))).name
+
+
+def sample_prompt(folder):
+    """The text with which the card of a model suggests to try it, or None."""
+    from huggingface_hub import ModelCard
+
+    with contextlib.suppress(Exception):  # no card, or one without
+        return ModelCard.load(Path(folder, "README.md")).data.widget[0]["text"]
+
+
+def add_scores(folder, scores):
+    """Put scores, dicts of the fields of an EvalResult, into the card of a model, if it has one, where the hub shows
+    them: its model-index."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    folder = Path(folder).resolve()
+    if not (folder / "README.md").exists():
+        return
+    card = ModelCard.load(folder / "README.md")
+    name = folder.parent.name if folder.name.startswith("checkpoint-") else folder.name
+    card.data.model_name = card.data.model_name or name
+    card.data.eval_results = [EvalResult(**score) for score in scores]
+    write_whole(folder / "README.md", str(card).encode())

@@ -1,5 +1,7 @@
 """The page, in a browser, as people use it."""
 
+import math
+import re
 import shutil
 import socket
 import subprocess
@@ -15,7 +17,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+import sample
 from model import SmolLM2, SmolLM2Config
+from tools import demo
 
 BROWSER = shutil.which("chromium") and shutil.which("chromedriver")
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not BROWSER, reason="needs chromium and chromedriver")]
@@ -82,7 +86,8 @@ class Page:
         return self.browser.find_element(By.XPATH, f"//label[.//span[normalize-space()='{label}']]//textarea")
 
     def press(self, name):
-        self.browser.find_element(By.XPATH, f"//button[normalize-space()='{name}']").click()
+        buttons = self.browser.find_elements(By.XPATH, f"//button[normalize-space()='{name}']")
+        next(button for button in buttons if button.is_displayed()).click()
 
     def type(self, text):
         box = self.box("Prompt")
@@ -116,20 +121,96 @@ def test_type_and_read(trained, browser):
         page = Page(browser, address)
         assert page.box("Prompt").get_property("value") == "7: A cat"
         page.type("8: The old dog")
-        page.press("Write")
+        page.press("Start")
         text = page.finished()
         assert text.startswith("8: The old dog") and len(text) > 30
-        page.press("Write")  # the same prompt again: another text
+        page.press("Start")  # the same prompt again: another text
         until(browser, lambda: page.text() and page.finished() != text)
         past_the_limit = """const box = arguments[0]; box.removeAttribute("maxlength"); box.value = "x".repeat(51);
                             box.dispatchEvent(new Event("input", {bubbles: true}))"""
         browser.execute_script(past_the_limit, page.box("Prompt"))
-        page.press("Write")
+        page.press("Start")
         until(browser, lambda: "51 characters are too many" in browser.page_source)
         on_a_phone(browser)
         assert page.fits()
         urls = browser.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
         assert urls and all(url.startswith((address, "data:", "blob:")) for url in urls)
+
+
+def tokens(browser):
+    """The tokens that are shown, of all views that are in sight."""
+    return [
+        token for token in browser.find_elements(By.CSS_SELECTOR, ".tokens .score-token .text") if token.is_displayed()
+    ]
+
+
+def read(tokens):
+    return "".join(token.get_property("textContent") for token in tokens).replace("\u21b5", "\n")
+
+
+def test_what_else_was_expected(trained, browser, tmp_path):
+    """The page begins with the prompt of the run; each token of a text shows its candidates on a click."""
+    folder = shutil.copytree(trained / "checkpoint-000040", tmp_path / "model")
+    card = (folder / "README.md").read_text()
+    (folder / "README.md").write_text(card.replace("Once upon a time", "8: The old dog"))
+    model, tokenizer, _ = sample.load(sample.Settings(model=str(folder)))
+    with served(folder, "--max_new_tokens=30") as address:
+        page = Page(browser, address)
+        assert page.box("Prompt").get_property("value") == "8: The old dog"
+        page.press("Start")
+        text = page.finished()
+        until(browser, lambda: read(tokens(browser)) == text)
+        assert "tokens per second, the first after" in browser.page_source
+        place = len(tokenizer.encode("8: The old").ids)
+        tokens(browser)[place].click()
+        until(browser, lambda: re.search(r"cost [\d.]+ bits", browser.page_source))
+        _, likeliest = demo.predictions(model, tokenizer.encode(text).ids)[place]
+        shown = browser.find_elements(By.CSS_SELECTOR, ".confidence-set")
+        assert len(shown) == 5
+        for row, (probability, token) in zip(shown, likeliest, strict=True):
+            assert row.text.split()[0] == demo.spell(tokenizer, token), row.text
+            assert f"{100 * probability:.0f}%" in row.text
+        page.press("Surprise")
+        page.press("Look")
+        bits = sum(bits for bits, _ in demo.predictions(model, tokenizer.encode("8: The old dog").ids))
+        until(browser, lambda: f"{bits / len('8: The old dog'):.2f} bits per byte" in browser.page_source)
+        assert read(tokens(browser)) == "8: The old dog"
+        on_a_phone(browser)
+        assert page.fits()
+
+
+def test_two_models_side_by_side(trained, browser):
+    first, second = (trained / f"checkpoint-0000{step}" for step in (20, 40))
+    with served(first, f"--compare={second}", "--prompt=7: A cat", "--max_new_tokens=30") as address:
+        page = Page(browser, address)
+        page.press("Start")
+
+        def texts():
+            return [page.box(f"Text: {folder}").get_property("value") for folder in (first, second)]
+
+        until(browser, lambda: all(len(text) > 12 for text in texts()))
+        assert all(text.startswith("7: A cat") for text in texts())
+        until(browser, lambda: len(browser.find_elements(By.XPATH, "//*[contains(text(), 'tokens per second')]")) == 2)
+        page.press("Surprise")
+        page.press("Look")
+        until(browser, lambda: browser.page_source.count("bits per byte") == 2)
+
+
+def test_predictions_are_those_of_the_model(trained):
+    model, tokenizer, _ = sample.load(sample.Settings(model=str(trained), dtype="float32"))
+    ids = tokenizer.encode("7: A cat sees \u00e9t\u00e9. " * 4).ids
+    found = demo.predictions(model, ids)
+    with torch.no_grad():
+        logs = model(torch.tensor([[0, *ids[:-1]]]))[0].log_softmax(-1)
+    for (bits, likeliest), row, id in zip(found, logs, ids, strict=True):
+        assert bits == pytest.approx(-row[id].item() / math.log(2), abs=1e-4)
+        assert [token for _, token in likeliest] == row.topk(5).indices.tolist()
+        assert [p for p, _ in likeliest] == pytest.approx(row.exp().topk(5).values.tolist(), abs=1e-5)
+    shown = demo.pieces(tokenizer, ids, found)
+    assert "".join(text for text, *_ in shown) == "7: A cat sees \u00e9t\u00e9. " * 4
+    assert sum(bits for _, bits, *_ in shown) == pytest.approx(sum(bits for bits, _ in found))
+    with pytest.raises(ValueError, match="max_position_embeddings"):
+        demo.predictions(model, ids * 20)
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +239,7 @@ def test_stop(tireless, browser):
         until(browser, length.is_displayed)
         length.send_keys(Keys.CONTROL, "a")
         length.send_keys("8000", Keys.TAB)
-        page.press("Write")
+        page.press("Start")
         until(browser, lambda: len(page.text()) > 40)
         grown = len(page.text())
         until(browser, lambda: len(page.text()) > grown)
@@ -166,7 +247,7 @@ def test_stop(tireless, browser):
         stopped = page.finished()
         assert len(stopped) < 6000
         page.type("The old dog")
-        page.press("Write")  # what was stopped is not in the way of the next
+        page.press("Start")  # what was stopped is not in the way of the next
         until(browser, lambda: page.text().startswith("The old dog") and len(page.text()) > 40)
 
 
@@ -181,7 +262,7 @@ def test_two_people_at_once_do_not_mix(trained, browser):
         assert first in {handle for handle, _ in pages.values()}
         for handle, page in pages.values():
             browser.switch_to.window(handle)
-            page.press("Write")
+            page.press("Start")
         for prompt, (handle, page) in pages.items():
             browser.switch_to.window(handle)
             assert page.finished().startswith(prompt)

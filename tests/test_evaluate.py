@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -13,12 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import ROOT, command, environment, refused, run
+from huggingface_hub import ModelCard
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
 from model import SmolLM2
 from tools import evaluate
-from tools.evaluate import TASKS
+from tools.tasks import TASKS
 
 CHECKPOINT = "checkpoint-000040"
 
@@ -263,13 +265,24 @@ def test_what_cannot_be_evaluated(hub, trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_checkpoint_and_a_limit(tasks, trained):
-    args = f"--model={trained}", "--tasks=arc_easy", "--limit=2", "--all_checkpoints=True"
-    run("tools.evaluate", *args, **tasks.environment)
+def test_every_checkpoint_and_a_limit_and_the_card(tasks, trained, tmp_path):
+    own = shutil.copytree(trained, tmp_path / "mine")
+    args = f"--model={own}", "--limit=2", "--all_checkpoints=True"
+    run("tools.evaluate", *args, "--tasks=arc_easy", **tasks.environment)
+    run("tools.evaluate", *args, "--tasks=piqa", **tasks.environment)  # what was found before stays
     for name in ("checkpoint-000020", CHECKPOINT):
-        path = trained / name / "evaluation.json"
-        assert json.loads(path.read_text())["tasks"]["arc_easy"]["questions"] == 2
-        path.unlink()
+        found = json.loads((own / name / "evaluation.json").read_text())["tasks"]
+        assert [found[task]["questions"] for task in ("arc_easy", "piqa")] == [2, 2]
+        card = ModelCard.load(own / name / "README.md")
+        assert card.data.model_name == "mine" and "| data | talk.jsonl |" in card.content
+        first, second = card.data.eval_results
+        assert (first.dataset_type, first.dataset_config, first.dataset_split) == (
+            "allenai/ai2_arc",
+            "ARC-Easy",
+            "test",
+        )
+        assert first.dataset_revision == TASKS["arc_easy"].revision and "2 questions" in first.metric_name
+        assert [first.metric_value, second.metric_value] == [found[task]["accuracy"] for task in ("arc_easy", "piqa")]
 
 
 @pytest.mark.slow

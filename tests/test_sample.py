@@ -58,10 +58,11 @@ def test_how_fast_it_was(trained):
 def test_speed_counts_what_comes_after_the_first_token(monkeypatch):
     clock = iter([10.0, 12.0, 12.5, 13.0])
     monkeypatch.setattr(sample.time, "perf_counter", lambda: next(clock))
-    speed = sample.Speed()
+    trace = sample.Trace()
     for tokens in (3, 3, 1):
-        speed.count(tokens)
-    assert str(speed) == "4.0 tokens per second, the first after 2.00 s"
+        trace.add(7, tokens)
+    assert trace.ids == [7, 7, 7]
+    assert str(trace) == "4.0 tokens per second, the first after 2.00 s"
 
 
 def test_a_text_that_has_ended_stays_as_it_is(trained):
@@ -75,10 +76,10 @@ def test_a_text_that_has_ended_stays_as_it_is(trained):
         def generate(self, *args, **options):
             return (torch.tensor(step) for step in zip(*self.ids, strict=True))
 
-    speed, two = sample.Speed(), sample.Settings(num_samples=2)
-    pieces = list(sample.streams(Rows([[*row, letters[0]] for row in rows]), tokenizer, [1], two, None, speed))
+    trace, two = sample.Trace(), sample.Settings(num_samples=2)
+    pieces = list(sample.streams(Rows([[*row, letters[0]] for row in rows]), tokenizer, [1], two, None, trace))
     assert ["".join(row) for row in zip(*pieces, strict=True)] == ["a", "bc"]
-    assert speed.tokens == 1
+    assert trace.counted == 1
 
 
 def test_an_empty_prompt_begins_a_document(trained):

@@ -100,6 +100,7 @@ def test_a_checkpoint_says_what_it_is(trained, data):
     path = trained / "checkpoint-000040" / "README.md"
     card, last = ModelCard.load(path), metrics(trained)[-1]
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "text-generation"
+    assert card.data.widget[0]["text"] == "Once upon a time"
     assert card.data.datasets is None and card.data.base_model is None
     shard = json.loads((data / "shard-00000.json").read_text())
     model = SmolLM2.from_pretrained(trained)

@@ -8,22 +8,21 @@ Each choice is read as the continuation of its question, and the likeliest for i
 log-probabilities of its tokens over the number of its characters. There are no letters to choose and no examples before
 the question. Accuracy moves late; the bits per byte of the right answers move from the first step on.
 
-The result is printed, and kept in evaluation.json beside the model (of a hub id, in this folder).
+The result is printed, and kept in evaluation.json beside the model (of a hub id, in this folder) and in its card.
 """
 
 import json
 import math
 import os
-import re
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from plumbing.card import add_scores
 from plumbing.devices import set_up_device, training_dtype
 from plumbing.files import write_whole
-from plumbing.hub import hub_errors
+from plumbing.generation import join
 from plumbing.pretrained import find_model, list_checkpoints, read_json
 from plumbing.settings import Count, run
 
@@ -32,6 +31,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from model import SmolLM2
+from tools.tasks import TASKS, questions
 
 
 @dataclass
@@ -42,131 +42,9 @@ class Settings:
     tasks: str = "hellaswag,arc_easy,arc_challenge,piqa"  # names between commas, or all
     limit: Count | None = None  # only the first questions of each task
     all_checkpoints: bool = False  # evaluate every checkpoint of a run, not only the newest
-    batch_tokens: Count = 1024  # tokens that go through the model at once
+    batch_tokens: Count | None = None  # tokens that go through the model at once; unset: 1024 on a CPU, else 4096
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest here
-
-
-# ---- Tasks ----------------------------------------------------------------------------------------------------------
-#
-# A task makes (context, choices, number of the right one) of a row. Prompts, splits and revisions are those of the
-# published evaluation: text/evaluation/smollm2 of the smollm repository, with LightEval at ea46419.
-
-
-def hellaswag(row):
-    def clean(text):
-        return re.sub(r"\[.*?\]", "", text.replace(" [title]", ". ")).replace("  ", " ")
-
-    context = clean(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()} ")
-    return context, [f" {clean(ending)}" for ending in row["endings"]], int(row["label"])
-
-
-def arc(row):
-    return f"Question: {row['question']}\nAnswer:", *labelled(row)
-
-
-def labelled(row):
-    """Choices with labels, "A" to "E" or "1" to "4", and the number of the right one."""
-    return [f" {text}" for text in row["choices"]["text"]], list(row["choices"]["label"]).index(row["answerKey"])
-
-
-def piqa(row):
-    return f"Question: {row['goal']}\nAnswer:", [f" {row['sol1']}", f" {row['sol2']}"], int(row["label"])
-
-
-def winogrande(row):
-    context, rest = row["sentence"].split("_")
-    return context, [f"{row[option]} {rest.strip()}" for option in ("option1", "option2")], int(row["answer"]) - 1
-
-
-def openbookqa(row):
-    return row["question_stem"], *labelled(row)
-
-
-def commonsense_qa(row):
-    return row["question"], *labelled(row)
-
-
-def mmlu(row):
-    about = f"The following are questions about {row['subject'].replace('_', ' ')}.\n"
-    choices = [f" {choice}" for choice in row["choices"]]
-    return f"{about}Question: {row['question']}\nAnswer:", choices, int(row["answer"])
-
-
-@dataclass
-class Task:
-    """Where its questions are, the accuracy of a guess, and that of the published 135M, 360M and 1.7B, in percent."""
-
-    ask: Callable
-    dataset: str
-    config: str
-    splits: list
-    revision: str
-    chance: float
-    published: list
-
-
-# ARC is published as the mean of both parts: 43.9, 53.0 and 60.5.
-TABLE = """
-    hellaswag      hellaswag       Rowan/hellaswag     default        validation
-        6002345709e0801764318f06bf06ce1e7d1a1fe3       25   42.1  54.5  68.7
-    arc_easy       arc             allenai/ai2_arc     ARC-Easy       test
-        210d026faf9955653af8916fad021475a3f00453       25
-    arc_challenge  arc             allenai/ai2_arc     ARC-Challenge  test
-        210d026faf9955653af8916fad021475a3f00453       25
-    piqa           piqa            ybisk/piqa          plain_text     validation
-        2e8ac2dffd59bac8c3c6714948f4c551a0848bb0       50   68.4  71.7  77.6
-    winogrande     winogrande      allenai/winogrande  winogrande_xl  validation
-        85ac5b5a3b7a930e22d590176e39460400d19e41       50   51.3  52.5  59.4
-    openbookqa     openbookqa      allenai/openbookqa  main           validation+test
-        388097ea7776314e93a529163e0fea805b8a6454       25   34.6  37.4  42.2
-    commonsense_qa commonsense_qa  tau/commonsense_qa  default        validation
-        94630fe30dad47192a8546eb75f094926d47e155       20   33.9  38.0  43.6
-    mmlu           mmlu            cais/mmlu           all            test
-        c30699e8356da336a370243923dbaf21066bb9fe       25   31.5  35.8
-"""  # name, function, dataset, configuration, splits, revision, chance, published
-
-
-def read_table():
-    tasks = {}
-    for entry in re.split(r"\n {4}(?=\w)", TABLE.rstrip())[1:]:
-        name, ask, dataset, config, splits, revision, chance, *published = entry.split()
-        published = [float(score) for score in published]
-        tasks[name] = Task(globals()[ask], dataset, config, splits.split("+"), revision, float(chance), published)
-    return tasks
-
-
-TASKS = read_table()
-
-
-def questions(name, task, limit):
-    """The questions of a task, [(context, choices, number of the right one)]; exits with one sentence for a row that is
-    not as the task expects."""
-    from datasets import load_dataset
-
-    asked = []
-    for split in task.splits:
-        with hub_errors(f"{name}, which is {task.dataset} on the hub"):
-            try:
-                rows = load_dataset(task.dataset, task.config, split=split, revision=task.revision)
-            except RuntimeError as error:
-                if "script" not in str(error):
-                    raise
-                # The revision is a program, which datasets no longer runs. The hub keeps what it makes, as parquet.
-                print(f"{name}: read from the hub's parquet branch of {task.dataset}", file=sys.stderr)
-                branch = f"hf://datasets/{task.dataset}@refs%2Fconvert%2Fparquet/{task.config}/{split}/*.parquet"
-                rows = load_dataset("parquet", data_files={split: branch}, split=split)
-        for number, row in enumerate(rows):
-            if len(asked) == limit:
-                return asked
-            try:
-                context, choices, gold = task.ask(row)
-                if not 0 <= gold < len(choices):
-                    raise ValueError(f"its right answer is number {gold}")
-                asked.append((context, choices, gold))
-            except (KeyError, ValueError, IndexError, TypeError, AttributeError) as error:
-                sys.exit(f"{name}: row {number} of {split} is not as this task expects: {error!r}")
-    return asked
 
 
 # ---- Scores ---------------------------------------------------------------------------------------------------------
@@ -292,7 +170,8 @@ def main(settings):
         if name not in TASKS:
             sys.exit(f"--tasks={settings.tasks}: {name} is none of {', '.join(TASKS)}.")
     device = set_up_device(settings.device)
-    dtype = training_dtype(settings.dtype, device)
+    dtype, budget = training_dtype(settings.dtype, device), settings.batch_tokens
+    budget = budget or (1024 if device.type == "cpu" else 4096)
     try:
         folders = [find_model(settings.model)]
         if settings.all_checkpoints:
@@ -307,19 +186,22 @@ def main(settings):
         path = (Path(folder) if os.path.isdir(settings.model) else Path()) / "evaluation.json"
         try:
             model = SmolLM2.from_pretrained(folder, dtype, device)
+            join(model)
             before = read_json(path).get("tasks", {}) if path.exists() else {}
         except ValueError as error:
             sys.exit(str(error))
         answers, stopped = {name: [] for name in names}, False
         try:
             for name in names:
-                for answer in evaluate(model, tokenizer, asked[name], settings.batch_tokens, name):
+                for answer in evaluate(model, tokenizer, asked[name], budget, name):
                     answers[name].append(answer)
         except KeyboardInterrupt:  # what is answered counts
             stopped = True
         results = {name: result for name in names if (result := summary(answers[name]))}
         content = {"model": Path(settings.model).as_posix(), "dtype": str(dtype), "tasks": before | results}
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
+        if path.parent == Path(folder):
+            add_scores(folder, [TASKS[name].for_card(name, result) for name, result in content["tasks"].items()])
         print(f"{folder if settings.all_checkpoints else settings.model}\n{table(results)}\n", flush=True)
         if stopped:
             sys.exit("stopped: the table has the questions answered so far")

@@ -3,7 +3,7 @@
     python -m tools.plot out/tiny
     python -m tools.plot out/first out/second --out=curves.png
 
-Reads metrics.jsonl of each run; needs `pip install matplotlib`.
+Reads metrics.jsonl of each run, and what `tools.evaluate --all_checkpoints=True` found; needs `pip install matplotlib`.
 """
 
 import json
@@ -45,6 +45,25 @@ def read_metrics(run):
     return curves
 
 
+def read_scores(run, curves):
+    """{task: ([tokens], [accuracy], [bits per byte of the right answers])} of a run's checkpoints, if evaluated."""
+    scores, tokens = {}, curves["tokens"][0]
+    per_step = tokens[-1] / curves["step"][1][-1]
+    for path in sorted(Path(run).glob("checkpoint-*/evaluation.json")):
+        try:
+            results = json.loads(path.read_text())["tasks"]
+        except (OSError, ValueError, KeyError) as error:
+            sys.exit(f"{path} cannot be read: {error!r}")
+        for task, result in results.items():
+            for values, value in zip(
+                scores.setdefault(task, ([], [], [])),
+                (per_step * int(path.parent.name[-6:]), 100 * result["accuracy"], result["gold_bits_per_byte"]),
+                strict=True,
+            ):
+                values.append(value)
+    return scores
+
+
 def smooth(values):
     """The mean of each value and its neighbours, a tenth of the run in all."""
     reach = len(values) // 20
@@ -63,10 +82,13 @@ def main(settings):
         sys.exit("tools.plot needs matplotlib: pip install matplotlib")
     if not settings.runs:
         sys.exit("tools.plot draws the runs that it is given: python -m tools.plot out/tiny")
-    figure, axes = plt.subplots(3, 2, figsize=(12, 12), layout="constrained")
-    loss, bits, rate, norm, speed, unique = axes.flat
-    for number, run in enumerate(settings.runs):
-        curves, color, style = read_metrics(run), f"C{number}", STYLES[number % len(STYLES)]
+    curves_of = [read_metrics(run) for run in settings.runs]
+    scores_of = [read_scores(run, curves) for run, curves in zip(settings.runs, curves_of, strict=True)]
+    rows = 4 if any(scores_of) else 3
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 4 * rows), layout="constrained")
+    loss, bits, rate, norm, speed, unique = axes.flat[:6]
+    for number, (run, curves, scores) in enumerate(zip(settings.runs, curves_of, scores_of, strict=True)):
+        color, style = f"C{number}", STYLES[number % len(STYLES)]
 
         def draw(axis, name, label=run, curves=curves, color=color, style=style, **options):
             if name in curves:
@@ -89,6 +111,10 @@ def main(settings):
         draw(speed, "tokens_per_second")
         draw(unique, "unique_tokens")
         unique.plot(curves["tokens"][0], curves["tokens"][0], color="black", linestyle=(0, (1, 3)), linewidth=1)
+        for task, (tokens, accuracy, of_answers) in scores.items():
+            options = dict(marker="o", markersize=4, linestyle=style, label=f"{run}: {task}")
+            axes[3][0].plot(tokens, accuracy, **options)
+            axes[3][1].plot(tokens, of_answers, **options)
     titles = (
         "loss, nats per token",
         "validation, bits per byte",
@@ -96,8 +122,10 @@ def main(settings):
         "gradient norm before clipping",
         "tokens per second",
         "different tokens seen (dotted: tokens seen)",
+        "accuracy, percent",
+        "right answers, bits per byte",
     )
-    for axis, title in zip(axes.flat, titles, strict=True):
+    for axis, title in zip(axes.flat, titles, strict=False):
         axis.set_title(title)
         axis.set_xlabel("tokens trained on")
         axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -111,8 +139,8 @@ def main(settings):
     norm.yaxis.set_major_formatter("{x:g}")
     norm.yaxis.set_minor_formatter("{x:g}")
     speed.set_ylim(0, 1.1 * speed.get_ylim()[1])
-    loss.legend(fontsize=8)
-    bits.legend(fontsize=8)
+    for axis in (loss, bits, *axes.flat[6:]):
+        axis.legend(fontsize=8)
     try:
         figure.savefig(settings.out, dpi=100)
     except (OSError, ValueError) as error:
