@@ -3,6 +3,7 @@
     python -m tools.bench all                     all of the below, hours; on a GPU what runs there, under ten minutes
     python -m tools.bench train --size=135m       a training step against transformers, as it comes and compiled
     python -m tools.bench sample                  generation against transformers and, with --gguf=FILE, llama.cpp
+    python -m tools.bench evaluate                questions like HellaSwag's, against lm-eval
     python -m tools.bench prepare                 tokenizing against the tokenizer alone, and against datasets.map
     python -m tools.bench load                    reading batches against streaming and tokenizing them
     python -m tools.bench learn                   time to a loss: the settings of config/tiny.py against plain AdamW
@@ -20,6 +21,7 @@ convert_hf_to_gguf.py made of the model.
 import json
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
@@ -29,16 +31,21 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from plumbing.bins import open_corpus
 from plumbing.devices import peak_flops, sampling_dtype, set_up_device, to_device, training_dtype
 from plumbing.generation import join
+from plumbing.pretrained import write_json
+from plumbing.python_docs import texts
 
 import torch
 import tyro
+from tokenizers import Tokenizer
 
 from model import SmolLM2, SmolLM2Config, count_parameters, training_flops
+from tools.evaluate import evaluate
 from train import Settings as TrainSettings
 from train import compile_parts, make_optimizers
 
@@ -49,7 +56,9 @@ ROOT = Path(__file__).parent.parent
 class Settings:
     """Measure speed, side by side with what people use instead."""
 
-    what: tyro.conf.Positional[Literal["all", "train", "sample", "prepare", "load", "learn", "start", "ranks"]]
+    what: tyro.conf.Positional[
+        Literal["all", "train", "sample", "evaluate", "prepare", "load", "learn", "start", "ranks"]
+    ]
     size: Literal["135m", "360m", "1.7b"] = "135m"  # of the model to train and to sample from
     rounds: int | None = None  # turns that each contestant takes; unset: 5 on a CPU, 3 on a GPU
     seq_len: int | None = None  # tokens of a training window; unset: 512 on a CPU, 2048 on a GPU
@@ -331,6 +340,58 @@ def bench_sample(settings, device):
     return rows
 
 
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+
+def evaluator(name, folder, asked, device_name):
+    """A contestant: the log-probabilities of all choices of (context, choices, number of the right one)."""
+    device = contestants_device(name, device_name)
+    dtype = training_dtype("auto", device)
+    if name == "ours":
+        model, tokenizer = (
+            SmolLM2.from_pretrained(folder, dtype, device),
+            Tokenizer.from_file(f"{folder}/tokenizer.json"),
+        )
+        join(model)
+        budget = 256 if device.type == "cpu" else 4096
+        return lambda: len(list(evaluate(model, tokenizer, asked, budget, "questions")))
+    from lm_eval.models.huggingface import HFLM
+
+    batch_size = int(name.rsplit(" ", 1)[1])
+    harness = HFLM(pretrained=folder, device=device.type, dtype=str(dtype)[6:], batch_size=batch_size)
+    requests = [SimpleNamespace(args=(context, choice)) for context, choices, _ in asked for choice in choices]
+    return lambda: len(harness.loglikelihood(requests, disable_tqdm=True))
+
+
+def bench_evaluate(settings, device):
+    words, count = iter(" ".join(texts()).split()), 1000 if device.type == "cuda" else 50
+
+    def some(number):
+        return " ".join(next(words) for _ in range(number))
+
+    rows = []
+    for like, length in (("HellaSwag", 16), ("ARC", 3)):
+        asked = [(f"{some(30)} ", [f" {some(length)}" for _ in range(4)], 0) for _ in range(count)]
+        rows.append(compare_evaluators(settings, f"questions like {like}'s, {settings.size}", asked))
+    return rows
+
+
+def compare_evaluators(settings, what, asked):
+    with tempfile.TemporaryDirectory() as folder:
+        SmolLM2(model_config(settings.size)).save_pretrained(folder)
+        shutil.copy(tokenizer_file(settings, f"{folder}/cache"), f"{folder}/tokenizer.json")
+        special = dict.fromkeys(("bos_token", "eos_token"), "<|endoftext|>")
+        write_json(f"{folder}/tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast"} | special)
+        names = ["ours", "lm-eval, batch 1", "lm-eval, batch 8", "lm-eval, batch 32"]
+        contestants = {name: Contestant(evaluator, name, folder, asked, settings.device) for name in names}
+        first = {name: contestant(warm_seconds) for name, contestant in contestants.items()}
+        best = min(names[1:], key=first.get)
+        for name in set(names[1:]) - {best}:
+            contestants.pop(name).leave()
+        times = take_turns(contestants, settings.rounds)
+    return compare(times["ours"], times[best], what, best, len(asked), "questions/s")
+
+
 # ---- Data -----------------------------------------------------------------------------------------------------------
 
 
@@ -559,7 +620,7 @@ def main(settings):
     rows = json.loads(path.read_text()) if path.exists() else []
     benches = {name[6:]: function for name, function in globals().items() if name.startswith("bench_")}
     settings.rounds = settings.rounds or (3 if device.type == "cuda" else 5)
-    everything = ("train", "sample", "start") if device.type == "cuda" else benches
+    everything = ("train", "sample", "evaluate", "start") if device.type == "cuda" else benches
     for what in everything if settings.what == "all" else [settings.what]:
         new = benches[what](settings, device)
         mine = {(row["what"], row["against"]) for row in new}

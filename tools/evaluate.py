@@ -42,7 +42,7 @@ class Settings:
     tasks: str = "hellaswag,arc_easy,arc_challenge,piqa"  # names between commas, or all
     limit: Count | None = None  # only the first questions of each task
     all_checkpoints: bool = False  # evaluate every checkpoint of a run, not only the newest
-    batch_tokens: Count | None = None  # tokens that go through the model at once; unset: 1024 on a CPU, else 4096
+    batch_tokens: Count | None = None  # tokens that go through the model at once; unset: 256 on a CPU, else 4096
     device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest here
 
@@ -60,18 +60,18 @@ def encode(tokenizer, context, choice):
 
 def pack(model, encoded, budget):
     """Lists of (number of the question, context, choices), as many as have about budget tokens together. The context of
-    all choices is there once, unless that would be too long."""
-    budget, packed, length = min(budget, model.config.max_position_embeddings), [], 0
+    all choices is there once, unless that would be too long for the model."""
+    room, packed, length = model.config.max_position_embeddings, [], 0
     for number, pairs in enumerate(encoded):
         shared = all(pair[0] == pairs[0][0] for pair in pairs)
         together = len(pairs[0][0]) + sum(len(choice) for _, choice in pairs)
-        groups = [pairs] if shared and together <= budget else [[pair] for pair in pairs]
+        groups = [pairs] if shared and together <= room else [[pair] for pair in pairs]
         for group in groups:
             choices = [choice for _, choice in group]
-            room = max(1, budget - sum(map(len, choices)))
-            context = (group[0][0] or [model.config.bos_token_id])[-room:]  # the end of it, where it is too long
+            left = max(1, room - sum(map(len, choices)))
+            context = (group[0][0] or [model.config.bos_token_id])[-left:]  # the end of it, where it is too long
             needed = len(context) + sum(map(len, choices))
-            if packed and length + needed > budget:
+            if packed and length + needed > min(budget, room):
                 yield packed
                 packed, length = [], 0
             packed.append((number, context, choices))
@@ -171,7 +171,7 @@ def main(settings):
             sys.exit(f"--tasks={settings.tasks}: {name} is none of {', '.join(TASKS)}.")
     device = set_up_device(settings.device)
     dtype, budget = training_dtype(settings.dtype, device), settings.batch_tokens
-    budget = budget or (1024 if device.type == "cpu" else 4096)
+    budget = budget or (256 if device.type == "cpu" else 4096)
     try:
         folders = [find_model(settings.model)]
         if settings.all_checkpoints:
