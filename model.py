@@ -151,13 +151,13 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.H, self.K, self.head_dim, self.joined = H, K, D, None
+        self.shape, self.joined = (H, K, D), None
 
     def forward(self, x, rotary, mask=None, cache=None):  # rotary: the next section; mask, cache: only for generation
-        B, T, _ = x.shape
+        (B, T, _), (H, K, D) = x.shape, self.shape
         qkv = F.linear(x, joined(self, self.q_proj, self.k_proj, self.v_proj))  # (B, T, (H + 2 K) D)
-        qk, v = qkv.view(B, T, -1, self.head_dim).transpose(1, 2).split((self.H + self.K, self.K), dim=1)
-        q, k = rotate(qk, rotary).split((self.H, self.K), dim=1)  # by position; (B, H, T, D), k and v (B, K, T, D)
+        qk, v = qkv.view(B, T, H + 2 * K, D).transpose(1, 2).split((H + K, K), dim=1)  # (B, H + K, T, D), (B, K, T, D)
+        q, k = rotate(qk, rotary).split((H, K), dim=1)  # by position: (B, H, T, D), (B, K, T, D)
         if cache is not None:
             k, v = cache.update(k, v)  # (B, K, S, D), in the cache's dtype, which may be another than that of x
         y = attend(q.type_as(k), k, v, mask).type_as(x)  # (B, H, T, D)
@@ -223,11 +223,12 @@ def rotary_table(positions, config):
 def rotate(x, rotary):
     """Rotate the pairs (j, j + D/2) of x (B, heads, T, D) by the angles in rotary (2, T, D).
 
-    A point (a, b) goes to (a cos - b sin, b cos + a sin), and roll puts b where a was, and a where b was.
+    A point (a, b) goes to (a, b) cos + (-b, a) sin. The table has the minus.
     """
     cos, sin = rotary
     points = x.float()
-    return (points * cos + points.roll(x.size(-1) // 2, dims=-1) * sin).type_as(x)
+    a, b = points.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return (points * cos + torch.cat((b, a), dim=-1) * sin).type_as(x)
 
 
 # ---- The MLP --------------------------------------------------------------------------------------------------------
