@@ -28,12 +28,14 @@ TESTS = {  # the tests that should see a change in a file, the likeliest first
     "sample.py": "sample chat tools devices demo",
     "plumbing/bins.py": "train loop texts saving faults learning",
     "plumbing/baselines.py": "learning texts prepare",
-    "plumbing/card.py": "tools",
+    "plumbing/card.py": "tools evaluate",
     "plumbing/chat.py": "chat sample",
     "plumbing/checkpoint.py": "train saving faults ranks tools devices",
     "plumbing/devices.py": "devices train sample tools",
     "plumbing/files.py": "saving prepare faults devices",
+    "plumbing/generation.py": "model sample devices",
     "plumbing/hub.py": "prepare sample readme",
+    "plumbing/memory.py": "memory",
     "plumbing/metrics.py": "loop train saving tools learning ranks",
     "plumbing/pretrained.py": "model sample train tools faults",
     "plumbing/python_docs.py": "texts readme",
@@ -42,6 +44,8 @@ TESTS = {  # the tests that should see a change in a file, the likeliest first
     "plumbing/pieces.py": "texts",
     "plumbing/shards.py": "prepare faults saving tools",
     "plumbing/sources.py": "prepare texts faults readme",
+    "tools/evaluate.py": "evaluate",
+    "tools/tasks.py": "evaluate",
 }
 OTHER = {
     ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
@@ -126,12 +130,13 @@ def main():
     parser.add_argument("--count", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--only", nargs="*", default=list(TESTS), metavar="FILE")
     parser.add_argument("--quick", action="store_true", help="leave out the slow tests")
     settings = parser.parse_args()
     kinds = ["not slow"] if settings.quick else ["not slow", "slow"]
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    everywhere = [mutant for file in TESTS for mutant in mutants(file)]
-    drawn = random.Random(settings.seed).sample(everywhere, settings.count)
+    everywhere = [mutant for file in settings.only for mutant in mutants(file)]
+    drawn = random.Random(settings.seed).sample(everywhere, min(settings.count, len(everywhere)))
     print(f"{len(everywhere)} places and changes, of which {len(drawn)} are tried")
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(settings.jobs) as pool:
         without = shutil.ignore_patterns(".git", ".venv", "out", "python-docs")
