@@ -113,6 +113,20 @@ def test_prompts_are_the_published_ones(name):
     assert list(TASKS[name].ask(row)) == wanted
 
 
+def test_the_published_scores_and_chance():
+    """A table of its own, so that none of the numbers changes by chance."""
+    published = {name: (task.chance, *task.published) for name, task in TASKS.items() if task.published}
+    assert published == {
+        "hellaswag": (25, 42.1, 54.5, 68.7),
+        "piqa": (50, 68.4, 71.7, 77.6),
+        "winogrande": (50, 51.3, 52.5, 59.4),
+        "openbookqa": (25, 34.6, 37.4, 42.2),
+        "commonsense_qa": (20, 33.9, 38.0, 43.6),
+        "mmlu": (25, 31.5, 35.8),
+    }
+    assert TASKS["arc_easy"].chance == TASKS["arc_challenge"].chance == 25
+
+
 def stock(hub, task, rows, broken=False):
     """Put a task's rows into its dataset, as parquet with a README that names it, or as what a script would make."""
     repo = hub.folder / "datasets" / task.dataset

@@ -108,7 +108,10 @@ def test_one_pass_tries_whether_it_fits(monkeypatch):
 
     model.forward = of_little_memory
     assert not memory.fits(model, 8, 16, contextlib.nullcontext(), 10)
+    taken, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: taken.append(empty(*args, **kwargs).nbytes))
     assert memory.fits(model, 4, 16, contextlib.nullcontext(), 10)
+    assert taken == [10]  # beside what the optimizer will need
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
