@@ -178,7 +178,7 @@ def attend(q, k, v, mask=None):
     (B, H, T, D), K = q.shape, k.size(1)
     fused = has_grouped_kernel(q, mask)
     if T == 1 and mask is not None and not fused:  # generation: the queries that share a key are rows of a small matrix
-        scores = q.view(B, K, H // K, D) @ k.mT / math.sqrt(D)  # (B, K, H / K, S)
+        scores = (q / math.sqrt(D)).view(B, K, H // K, D) @ k.mT  # (B, K, H / K, S)
         return (scores.where(mask, -math.inf).softmax(-1) @ v).view(B, H, 1, D)
     if not fused and K < H:
         k, v = (heads.repeat_interleave(H // K, dim=1) for heads in (k, v))  # (B, H, S, D)
