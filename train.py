@@ -279,11 +279,9 @@ def main(settings):
         ranks.say("compiling: the first evaluation or step waits for it")
         compile_parts(model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-    if not settings.micro_batch:  # results do not depend on it, but for rounding; so a resumed run keeps its own
+    if not settings.micro_batch:
         compiled = settings.compile and not reason
-        fitting, words = choose_micro_batch(model, share, settings.seq_len, dtype, autocast, compiled)
-        settings.micro_batch = min(ranks.gather(fitting))
-        ranks.say(f"windows on a device: {words}")
+        settings.micro_batch = choose_micro_batch(model, share, settings.seq_len, dtype, autocast, compiled, ranks)
     accumulation = share // settings.micro_batch  # micro-batches of a step on this rank
     replica = model
     if ranks.size > 1:  # averages gradients over the ranks while the backward pass still runs, in its own buffers

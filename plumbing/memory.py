@@ -24,15 +24,18 @@ def training_memory(config, parameters, tokens, dtype, compiled=True, recompute=
     return (16 + b) * parameters + tokens * per_token * (1 if compiled else 2)
 
 
-def choose_micro_batch(model, share, seq_len, dtype, autocast, compiled):
-    """How many windows to train on at once, of a device's share of a step, which it divides; and that in words. On a
-    GPU the most that fit, which one forward and backward pass tries; on a CPU, where more are not faster, about 2048
-    tokens."""
+def choose_micro_batch(model, share, seq_len, dtype, autocast, compiled, ranks):
+    """How many windows to train on at once, of a device's share of a step, which it divides; the same on all ranks.
+
+    On a GPU the most that fit, by the formula above, into nine tenths of its memory; one forward and backward pass
+    tries them, and if they do not fit, half as many. On a CPU, where more are not faster, about 2048 tokens.
+    """
     device, parameters = model.lm_head.weight.device, sum(parameter.numel() for parameter in model.parameters())
     choices = [windows for windows in range(share, 0, -1) if share % windows == 0]
     if device.type == "cpu":
         chosen = next((windows for windows in choices if windows * seq_len <= 2048), 1)
-        return chosen, f"{chosen} at once"
+        ranks.say(f"{chosen} windows at once on a device")
+        return chosen
     if device.type == "cuda":
         room = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)  # free, and what it has already
     else:
@@ -44,7 +47,10 @@ def choose_micro_batch(model, share, seq_len, dtype, autocast, compiled):
     chosen = next((windows for windows in choices if needed(windows) <= 0.9 * room), 1)
     while chosen > 1 and not fits(model, chosen, seq_len, autocast, 8 * parameters):
         chosen = next(windows for windows in choices if windows <= chosen // 2)
-    return chosen, f"{chosen} at once, for which {needed(chosen) / 1e9:.1f} of {room / 1e9:.1f} GB are expected"
+    chosen = min(ranks.gather(chosen))
+    expected = f"{needed(chosen) / 1e9:.1f} of {room / 1e9:.1f} GB"
+    ranks.say(f"{chosen} windows at once on a device, for which {expected} are expected")
+    return chosen
 
 
 def fits(model, windows, seq_len, autocast, reserved):

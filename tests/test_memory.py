@@ -92,8 +92,12 @@ def of_a_gpu(size, gigabytes, monkeypatch):
 def test_as_many_as_fit(size, gigabytes, share, limit, windows, monkeypatch):
     monkeypatch.setattr(memory, "fits", lambda model, windows, *args: windows <= limit)
     model = of_a_gpu(size, gigabytes, monkeypatch)
-    chosen, words = choose_micro_batch(model, share, 2048, torch.bfloat16, None, True)
-    assert chosen == windows and words.startswith(f"{windows} at once")
+    said = []
+    ranks = SimpleNamespace(gather=lambda value: [value, 99], say=said.append)
+    assert choose_micro_batch(model, share, 2048, torch.bfloat16, None, True, ranks) == windows
+    assert said[0].startswith(f"{windows} windows at once") and f" of {gigabytes:.1f} GB" in said[0]
+    ranks.gather = lambda value: [value, 1]  # another rank has less room
+    assert choose_micro_batch(model, share, 2048, torch.bfloat16, None, True, ranks) == 1
 
 
 def test_one_pass_tries_whether_it_fits(monkeypatch):
@@ -132,8 +136,8 @@ def test_it_is_chosen_said_and_kept(data, tmp_path):
     def used(folder, step):
         return torch.load(tmp_path / folder / state.format(step))["settings"]["micro_batch"]
 
-    assert "windows on a device: 8 at once" in run(*args, f"--out_dir={tmp_path / 'a'}")
+    assert "8 windows at once on a device" in run(*args, f"--out_dir={tmp_path / 'a'}")
     assert used("a", 1) == 8  # 256 tokens a step, in windows of 32: all of them
     run(*args, f"--out_dir={tmp_path / 'b'}", "--micro_batch=2")
     resumed = run(*args, f"--out_dir={tmp_path / 'b'}", "--resume=True", "--max_steps=2")
-    assert used("b", 2) == 2 and "at once" not in resumed
+    assert used("b", 2) == 2 and "at once on a device" not in resumed
