@@ -306,7 +306,7 @@ class KVCache:
         return self.keys, self.values
 
     def go_on(self, slots, copies):
-        """From here on write to slots, with several copies of each row."""
+        """Repeat each row, so that there are copies of it, and write to slots from now on."""
         self.slots = slots
         self.keys, self.values = (heads.repeat_interleave(copies, dim=0) for heads in (self.keys, self.values))
 
@@ -416,7 +416,8 @@ class SmolLM2(nn.Module):
         for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers), strict=True):
             # For the backward pass a layer keeps all that it computed, or only its input (Chen et al. 2016, arXiv
             # 1604.06174) and runs once more when the pass arrives: less memory, a quarter more time.
-            run = partial(recomputed, layer, use_reentrant=False) if self.recompute else layer
+            again = partial(recomputed, layer, use_reentrant=False, preserve_rng_state=False)  # no layer draws numbers
+            run = again if self.recompute else layer
             x = run(x, rotary, mask, cache)
         return self.model.norm(x)
 

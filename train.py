@@ -322,7 +322,8 @@ def main(settings):
             batch = step % settings.repeat_steps if settings.repeat_steps else step
             first = batch * windows_per_step + ranks.rank * share + micro * settings.micro_batch
             windows = to_device(corpus.train.batch(first, settings.micro_batch), device)  # (b, T + 1)
-            inputs, targets = windows[:, :-1], windows[:, 1:]  # (b, T) each: a token's target is the one after it
+            # (b, T) each: a token's target is the one after it. Contiguous as in an evaluation, to be compiled once.
+            inputs, targets = windows[:, :-1], windows[:, 1:].contiguous()
             replica.require_backward_grad_sync = micro == accumulation - 1  # the ranks exchange gradients once a step
             with autocast:
                 micro_loss = replica(inputs, targets) / accumulation

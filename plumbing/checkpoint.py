@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from plumbing.card import model_card
+from plumbing.devices import device_name
 from plumbing.files import lock, rename_whole
 from plumbing.pretrained import list_checkpoints, newest_checkpoint, write_json, write_model
 from plumbing.ranks import say
@@ -55,9 +56,10 @@ def resume(settings, device, ranks):
                 f"{checkpoint} was trained with {name} = {then.get(name)}, now it is {now.get(name)}: resume a run "
                 "with the same, or begin another with --init_from."
             )
-    before = state["settings"]["micro_batch"]
-    if not settings.micro_batch and settings.batch_tokens % (settings.seq_len * before * ranks.size) == 0:
-        settings.micro_batch = before  # so that it continues bit for bit
+    before, same = state["settings"]["micro_batch"], state.get("device") == device_name(device)
+    if same and not settings.micro_batch and settings.batch_tokens % (settings.seq_len * before * ranks.size) == 0:
+        settings.micro_batch = before  # so that it rounds as before
+        ranks.say(f"{before} windows at once on a device, as before")
     return checkpoint, state
 
 
@@ -114,6 +116,7 @@ class Saver:
             return say(f"checkpoint-{step:06d} is left out: the one before it is still being written")
         tensors = copied(dict(self.model.named_parameters()))
         state = dict(step=step, evaluation_due=evaluation_due, data=self.corpus.shards)
+        state |= dict(device=device_name(self.model.lm_head.weight.device))
         state |= dict(settings=dataclasses.asdict(self.settings), rng=torch.get_rng_state())
         state |= dict(optimizers=copied([optimizer.state_dict() for optimizer in self.optimizers]))
         state |= dict(scaler=self.scaler.state_dict())

@@ -48,9 +48,13 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap never shrinks
 
 
+def device_name(device):
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def peak_flops(device):
     """Operations a second that a device reaches at most, of which MFU is a fraction; None where it is not known."""
-    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return peak_of(device_name(device)) if device.type == "cuda" else None
 
 
 def peak_of(name):
@@ -125,7 +129,7 @@ def has_grouped_kernel(q, mask):
     """Whether PyTorch has a fused attention kernel for grouped queries, which never holds the T x S weights in memory.
 
     There is one for CPUs, and one for 16 bits without a mask on GPUs of compute capability 8.0 or later (NVIDIA Ampere,
-    2020). Elsewhere keys and values are repeated, so that PyTorch's memory-efficient kernel applies.
+    2020). Elsewhere keys and values are repeated, so that its other fused kernels apply.
     """
     if q.device.type == "cuda":
         return mask is None and q.dtype != torch.float32 and torch.cuda.get_device_properties(q.device).major >= 8

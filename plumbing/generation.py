@@ -6,7 +6,7 @@ import torch
 @torch.no_grad()
 def join(model):
     """Store side by side the matrices that model.py multiplies as one, so that no step has to join them again. The
-    parameters become views of the joined ones: nothing is there twice, and the model can't be trained any more."""
+    parameters become views of the joined ones: nothing is stored twice, but the model can no longer be trained."""
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         for block, *projections in (

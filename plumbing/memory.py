@@ -1,11 +1,14 @@
 """How many windows a device trains on at once: as many as its memory holds."""
 
+import gc
+import re
+
 import torch
 
 
 def training_memory(config, parameters, tokens, dtype, compiled=True, recompute=False):
-    """The bytes that training takes, by a model of N parameters, with this number of tokens on the device at once and
-    matrix products in a dtype of b bytes.
+    """Estimated bytes to train a model of N parameters, with this number of tokens on the device at once and matrix
+    products in a dtype of b bytes.
 
         (16 + b) N       weights, gradients and two moments in float32, and a copy of the weights in dtype
         L (12 C + b (2 C + (H + 3 K) D + 3 F))     for each token and layer, for the backward pass: in float32 the
@@ -68,9 +71,12 @@ def fits(model, windows, seq_len, autocast, reserved):
     try:
         one_pass()
         return True
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # PyTorch's OutOfMemoryError is one; cuBLAS, Triton and MPS have words only
+        if not re.search("out of memory|ALLOC_FAILED", str(error)):
+            raise
         return False
     finally:
         model.zero_grad()
+        gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()

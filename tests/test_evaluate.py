@@ -297,6 +297,10 @@ def test_every_checkpoint_and_a_limit_and_the_card(tasks, trained, tmp_path):
         )
         assert first.dataset_revision == TASKS["arc_easy"].revision and "2 questions" in first.metric_name
         assert [first.metric_value, second.metric_value] == [found[task]["accuracy"] for task in ("arc_easy", "piqa")]
+    path = own / CHECKPOINT / "evaluation.json"
+    path.write_text(path.read_text().replace(CHECKPOINT, "another"))
+    run("tools.evaluate", f"--model={own / CHECKPOINT}", "--limit=1", "--tasks=piqa", **tasks.environment)
+    assert list(json.loads(path.read_text())["tasks"]) == ["piqa"]  # not what was found of another model
 
 
 @pytest.mark.slow

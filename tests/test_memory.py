@@ -110,8 +110,15 @@ def test_one_pass_tries_whether_it_fits(monkeypatch):
             raise torch.OutOfMemoryError("out of memory")
         return forward(tokens, targets)
 
+    def broken(tokens, targets):
+        raise RuntimeError("shapes differ")
+
     model.forward = of_little_memory
     assert not memory.fits(model, 8, 16, contextlib.nullcontext(), 10)
+    model.forward = broken
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        memory.fits(model, 4, 16, contextlib.nullcontext(), 10)
+    model.forward = of_little_memory
     taken, empty = [], torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, **kwargs: taken.append(empty(*args, **kwargs).nbytes))
     assert memory.fits(model, 4, 16, contextlib.nullcontext(), 10)
@@ -140,4 +147,9 @@ def test_it_is_chosen_said_and_kept(data, tmp_path):
     assert used("a", 1) == 8  # 256 tokens a step, in windows of 32: all of them
     run(*args, f"--out_dir={tmp_path / 'b'}", "--micro_batch=2")
     resumed = run(*args, f"--out_dir={tmp_path / 'b'}", "--resume=True", "--max_steps=2")
-    assert used("b", 2) == 2 and "at once on a device" not in resumed
+    assert used("b", 2) == 2 and "2 windows at once on a device, as before" in resumed
+    elsewhere = torch.load(tmp_path / "b" / state.format(2)) | {"device": "NVIDIA H100 80GB HBM3"}
+    torch.save(elsewhere, tmp_path / "b" / state.format(2))
+    assert "8 windows at once on a device\n" in run(
+        *args, f"--out_dir={tmp_path / 'b'}", "--resume=True", "--max_steps=3"
+    )

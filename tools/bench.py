@@ -256,6 +256,8 @@ def bench_train(settings, device):
             if name in contestants:
                 contestants[name].leave()
             contestants[name], sizes[name] = contestant, micro_batch
+    if "ours" not in contestants:
+        sys.exit(f"--micro_batches={micro_batches[0]} is too much for the memory of this device")
     if max(losses.values()) - min(losses.values()) > 0.02:
         sys.exit(f"the contestants do not compute the same loss: {losses}")
     names = [name for name in contestants if name != "ours"]

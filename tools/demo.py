@@ -1,6 +1,6 @@
 """A page to talk to a model, in the browser.
 
-    python -m tools.demo --model=out/tiny                                 it continues what one types
+    python -m tools.demo --model=out/tiny                                 it continues what you type
     python -m tools.demo --model=HuggingFaceTB/SmolLM2-135M-Instruct      it has a conversation
 
 Everything but the page is sample.py's. Needs `pip install gradio`.
@@ -37,7 +37,7 @@ class Settings:
     max_new_tokens: Count = 512  # longest continuation or answer that may be asked for
     host: str | None = None  # address to serve on; unset: 127.0.0.1, where only this machine sees the page
     port: int | None = None  # unset: the first free one from 7860 on
-    device: str = "auto"  # cuda, mps or cpu; auto: the first of these there is
+    device: str = "auto"  # cuda, mps or cpu; auto: the first of these that is there
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # of the weights; auto: the fastest here
 
 
@@ -104,7 +104,7 @@ class TokenView:
 
     @staticmethod
     def show(found):
-        """Values of the outputs for pieces."""
+        """The values of outputs that display these pieces."""
         most = 12  # bits of the darkest colour
         shown = [(text.replace("\n", "\u21b5"), min(1.0, bits / most)) for text, bits, *_ in found]
         return shown, found, "Click on a token: what did the model expect there?", None

@@ -4,9 +4,9 @@
     python -m tools.evaluate --model=HuggingFaceTB/SmolLM2-135M --tasks=all
     python -m tools.evaluate --model=out/smollm2 --all_checkpoints=True --limit=200
 
-Each choice is read as the continuation of its question, and the likeliest for its length is the answer: the sum of the
-log-probabilities of its tokens over the number of its characters. There are no letters to choose and no examples before
-the question. Accuracy moves late; the bits per byte of the right answers move from the first step on.
+Each choice is read as the continuation of its question, and the one with the highest log-probability per character is
+taken as the answer. There are no letters to choose and no examples before the question. Accuracy rises late in
+training; the bits per byte of the right answers fall from the first step on.
 
 The result is printed, and kept in evaluation.json beside the model (of a hub id, in this folder) and in its card.
 """
@@ -103,6 +103,8 @@ def log_probabilities(model, packed):
             place(choice[:-1], len(context), number, of_branch)
             wanted += choice
     device = model.lm_head.weight.device
+    if device.type == "cuda":  # few different lengths, as a GPU's attention prepares itself for each
+        place([0] * (-len(tokens) % 256), 0, -1, 0)
     tokens, positions, question, branch, wanted = (
         torch.tensor(values, device=device) for values in (tokens, positions, question, branch, wanted)
     )
@@ -183,11 +185,12 @@ def main(settings):
         sys.exit(f"{folders[-1]} has no readable tokenizer.json: {error}")
     asked = {name: questions(name, TASKS[name], settings.limit) for name in names}
     for folder in folders:
-        path = (Path(folder) if os.path.isdir(settings.model) else Path()) / "evaluation.json"
+        local = os.path.isdir(settings.model)
+        path = (Path(folder) if local else Path()) / "evaluation.json"
         try:
             model = SmolLM2.from_pretrained(folder, dtype, device)
             join(model)
-            before = read_json(path).get("tasks", {}) if path.exists() else {}
+            before = read_json(path) if path.exists() else {}
         except ValueError as error:
             sys.exit(str(error))
         answers, stopped = {name: [] for name in names}, False
@@ -198,9 +201,11 @@ def main(settings):
         except KeyboardInterrupt:  # what is answered counts
             stopped = True
         results = {name: result for name in names if (result := summary(answers[name]))}
-        content = {"model": Path(settings.model).as_posix(), "dtype": str(dtype), "tasks": before | results}
+        of = {"model": Path(folder).resolve().name if local else settings.model, "dtype": str(dtype)}
+        same = all(before.get(name) == value for name, value in of.items())  # what was found before stays
+        content = of | {"tasks": (before.get("tasks", {}) if same else {}) | results}
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
-        if path.parent == Path(folder):
+        if local:
             add_scores(folder, [TASKS[name].for_card(name, result) for name, result in content["tasks"].items()])
         print(f"{folder if settings.all_checkpoints else settings.model}\n{table(results)}\n", flush=True)
         if stopped:

@@ -60,8 +60,8 @@ def mmlu(row):
 
 @dataclass
 class Task:
-    """Where the questions of a task are, the accuracy of a guess, and that of the published 135M, 360M and 1.7B, in
-    percent."""
+    """Where the questions of a task are, the accuracy of random guessing, and the published accuracy of the 135M, 360M
+    and 1.7B, in percent."""
 
     ask: Callable
     dataset: str
