@@ -85,7 +85,7 @@ def log_probabilities(model, packed):
     """The sum of the log-probabilities of each choice's tokens, in the order of the pack: one sequence for all of it.
 
     A token sees what stands before it in its own choice and in its context, and has the position that it would have
-    alone. So the choices of a question share the work for the context, and nothing is padded.
+    alone. So the choices of a question share the work for the context.
     """
     tokens, positions, question, branch, rows, wanted = [], [], [], [], [], []
 
@@ -104,7 +104,8 @@ def log_probabilities(model, packed):
             wanted += choice
     device = model.lm_head.weight.device
     if device.type == "cuda":  # few different lengths, as a GPU's attention prepares itself for each
-        place([0] * (-len(tokens) % 256), 0, -1, 0)
+        room = model.config.max_position_embeddings - len(tokens)
+        place([0] * min(-len(tokens) % 256, room), 0, -1, 0)
     tokens, positions, question, branch, wanted = (
         torch.tensor(values, device=device) for values in (tokens, positions, question, branch, wanted)
     )
