@@ -2,7 +2,7 @@
 
 SmolLM2 (Allal et al. 2025, arXiv 2502.02737) is a family of three language models with 135M, 360M and 1.7B parameters.
 The architecture is Llama's: a decoder-only transformer with RMSNorm before each block, grouped-query attention with
-rotary positions, a gated MLP, no biases, and one matrix that serves as input embedding and as output head.
+rotary positions, a gated MLP, no biases, and one matrix that serves as both input embedding and output head.
 
     tokens (B, T)
       |
@@ -23,31 +23,46 @@ adds to it; nothing else connects the layers. Comments at the ends of lines give
 
     B batch     T time, the tokens of a sequence     C hidden width (576)      F width inside the MLP (1536)
     H query heads (9)     K key/value heads (3)      D width of a head (64)    V vocabulary (49152)
-    L layers (30)         S slots of the cache, or T     N parameters
+    L layers (30)         S tokens in the cache      N parameters
 
 Each part's comment ends with what it adds to the 134,515,008 parameters of the 135M. `python model.py` prints that sum,
-and what follows from it; `python model.py 1.7b` does so for another size.
+and the number of operations that training takes per token; `python model.py 1.7b` does so for another size.
 """
 
-import dataclasses
 import math
 import sys
-from dataclasses import dataclass
-from functools import partial
-
-from plumbing.devices import has_grouped_kernel
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint as recomputed
 
 # ---- Configuration --------------------------------------------------------------------------------------------------
+
+# The sizes, as changes to the defaults of SmolLM2Config, which are the 135M's.
+SIZES = {
+    "135m": dict(),
+    "360m": dict(
+        hidden_size=960,
+        intermediate_size=2560,
+        num_hidden_layers=32,
+        num_attention_heads=15,
+        num_key_value_heads=5,
+    ),
+    "1.7b": dict(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=24,
+        num_attention_heads=32,
+        num_key_value_heads=32,
+        initializer_range=0.02,
+    ),
+}
 
 
 @dataclass
 class SmolLM2Config:
-    """The shape of a model. The fields are keys of a checkpoint's config.json, the defaults the published 135M."""
+    """The shape of a model. Fields are the keys of a checkpoint's config.json; defaults are the published 135M."""
 
     vocab_size: int = 49152  # V, entries of the tokenizer
     hidden_size: int = 576  # C, width of the residual stream
@@ -60,23 +75,20 @@ class SmolLM2Config:
     rms_norm_eps: float = 1e-5  # keeps RMSNorm from dividing by zero
     initializer_range: float | None = None  # standard deviation of the initial weights; None: 1 / sqrt(hidden_size)
     tie_word_embeddings: bool = True  # the output head is the embedding table
-    bos_token_id: int = 0  # <|endoftext|>: it ends every document, so it also stands before the next one
+    bos_token_id: int = 0  # <|endoftext|>: it ends each document, so it also precedes the next one
     eos_token_id: int = 0  # the token that ends a text
 
     @classmethod
     def smollm2_135m(cls):
-        return cls()
+        return cls(**SIZES["135m"])
 
     @classmethod
     def smollm2_360m(cls):
-        heads = dict(num_attention_heads=15, num_key_value_heads=5)
-        return cls(hidden_size=960, intermediate_size=2560, num_hidden_layers=32, **heads)
+        return cls(**SIZES["360m"])
 
     @classmethod
     def smollm2_1_7b(cls):
-        heads = dict(num_attention_heads=32, num_key_value_heads=32)
-        size = dict(hidden_size=2048, intermediate_size=8192, num_hidden_layers=24)
-        return cls(**size, **heads, rope_theta=130_000.0, initializer_range=0.02)
+        return cls(**SIZES["1.7b"], rope_theta=130_000.0)  # as published, after its training on long texts
 
     @property
     def head_dim(self):
@@ -86,40 +98,29 @@ class SmolLM2Config:
     def initial_std(self):
         return self.initializer_range or 1 / math.sqrt(self.hidden_size)
 
-    def check(self):
-        """Raise a ValueError that names the field if the values cannot make a model."""
-        for field in dataclasses.fields(self):
-            value, least = getattr(self, field.name), 0 if field.name.endswith("_token_id") else 1
-            if field.type is bool:
-                fits, wanted = isinstance(value, bool), "true or false"
-            elif field.type is int:
-                fits, wanted = type(value) is int and value >= least, f"a whole number, at least {least}"
-            else:
-                fits, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
-            if not fits and (value is not None or field.name != "initializer_range"):
-                raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
-        C, H, K = self.hidden_size, self.num_attention_heads, self.num_key_value_heads
-        if C % (2 * H):  # a head is C / H wide, and rotary positions take its channels in pairs
-            raise ValueError(f"hidden_size {C} must be a multiple of 2 x num_attention_heads, {2 * H}")
-        if H % K:  # every key/value head serves the same number of query heads
-            raise ValueError(f"num_attention_heads {H} must be a multiple of num_key_value_heads {K}")
-
 
 # ---- RMSNorm --------------------------------------------------------------------------------------------------------
 #
 # The residual stream grows with every addition, but a block needs its input at one scale. RMSNorm (Zhang & Sennrich
 # 2019, arXiv 1910.07467) divides a vector by its root mean square and multiplies each channel by a learned weight.
-# LayerNorm also subtracts the mean and adds a bias; models turned out to train as well without.
+# LayerNorm also subtracts the mean and adds a bias; models turned out to train just as well without either.
 #
 #     y = x / sqrt(mean(x^2) + eps) * weight
 #
-# PyTorch computes it in float32 whatever the dtype of x: bfloat16 has 8 significant bits, too few for a sum of squares.
+# The mean is taken in float32 whatever the dtype of x: bfloat16 keeps 8 significant bits, too few for a sum of squares.
 #
 # Parameters: C = 576. There are two norms in each layer and one before the head: 576 x (2 x 30 + 1) = 35,136.
 
 
-def make_norm(config):
-    return nn.RMSNorm(config.hidden_size, config.rms_norm_eps)  # (..., C) -> (..., C)
+class RMSNorm(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.hidden_size))
+        self.eps = config.rms_norm_eps
+
+    def forward(self, x):  # (..., C) -> (..., C)
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)  # (..., 1)
+        return (x.float() * scale).type_as(x) * self.weight
 
 
 # ---- Attention ------------------------------------------------------------------------------------------------------
@@ -130,59 +131,64 @@ def make_norm(config):
 #     weights = softmax(q k^T / sqrt(D))    over the tokens up to this one
 #     y = weights v
 #
-# It happens in H = 9 heads at once, each D = 64 wide, so a token can look for nine things at a time. In grouped-query
-# attention (Ainslie et al. 2023, arXiv 2305.13245) three query heads share one key/value head. The cache that
-# generation needs is three times smaller for it, and little is lost. So k_proj and v_proj have 3 x 64 = 192 outputs;
-# assuming 576 is a frequent mistake in counting this model.
+# The dot product of two vectors of D independent numbers, of mean 0 and variance 1, has variance D. Divided by sqrt(D)
+# it has variance 1 again; without that, softmax would start out nearly one-hot, where its gradient vanishes.
+#
+# "Up to this one" is the causal mask. Because no token sees a later one, the outputs at all T positions are predictions
+# that never saw their answer. So one forward pass over a sequence trains T predictions at once.
+#
+# All this happens in H = 9 heads at once, each D = 64 wide, so a token can look for nine things. In grouped-query
+# attention (Ainslie et al. 2023, arXiv 2305.13245) three query heads share one key/value head. Generation has to keep
+# the keys and values of all earlier tokens; sharing them cuts that memory to a third, and costs little quality. So
+# k_proj and v_proj have 3 x 64 = 192 outputs; assuming 576 is a frequent mistake in counting this model.
 #
 # Parameters of a layer:
 #     q_proj   C x H D = 576 x 576 = 331,776
 #     k_proj   C x K D = 576 x 192 = 110,592
 #     v_proj   C x K D = 576 x 192 = 110,592
 #     o_proj   H D x C = 576 x 576 = 331,776
-#                        together    884,736
+#                           in all   884,736
 
 
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         C, H, K, D = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        assert C % (2 * H) == 0, "each head is C / H wide, and rotary positions take its channels in pairs"
+        assert H % K == 0, "each key/value head serves the same number of query heads"
+        self.head_dim = D
         self.q_proj = nn.Linear(C, H * D, bias=False)
         self.k_proj = nn.Linear(C, K * D, bias=False)
         self.v_proj = nn.Linear(C, K * D, bias=False)
         self.o_proj = nn.Linear(H * D, C, bias=False)
-        self.shape, self.joined = (H, K, D), None
 
-    def forward(self, x, rotary, mask=None, cache=None):  # rotary: the next section; mask, cache: only for generation
-        (B, T, _), (H, K, D) = x.shape, self.shape
-        qkv = F.linear(x, joined(self, self.q_proj, self.k_proj, self.v_proj))  # (B, T, (H + 2 K) D)
-        qk, v = qkv.view(B, T, H + 2 * K, D).transpose(1, 2).split((H + K, K), dim=1)  # (B, H + K, T, D), (B, K, T, D)
-        q, k = rotate(qk, rotary).split((H, K), dim=1)  # by position: (B, H, T, D), (B, K, T, D)
+    def forward(self, x, rotary, mask=None, cache=None):  # (B, T, C) -> (B, T, C); no mask or cache in training
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q = rotate(q, rotary)  # by its position, as the next section explains: (B, H, T, D)
+        k = rotate(k, rotary)  # (B, K, T, D)
         if cache is not None:
-            k, v = cache.update(k, v)  # (B, K, S, D), in the cache's dtype, which may be another than that of x
-        y = attend(q.type_as(k), k, v, mask).type_as(x)  # (B, H, T, D)
+            k, v = cache.append(k, v)  # (B, K, S, D): earlier tokens, then these
+        if not kernel_shares_heads(q, mask):  # copy each key/value head for each of its query heads
+            copies = q.size(1) // k.size(1)
+            k, v = k.repeat_interleave(copies, dim=1), v.repeat_interleave(copies, dim=1)  # (B, H, S, D)
+        causal = mask is None and T > 1  # T = 1 is the newest token, which reads the whole cache
+        grouped = k.size(1) < q.size(1)
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=grouped)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
 
-def joined(block, *projections):
-    """The matrices of projections of the same input, one below the other: a GPU is faster with one large product."""
-    return torch.cat([projection.weight for projection in projections]) if block.joined is None else block.joined
+def kernel_shares_heads(q, mask):
+    """Whether PyTorch's fused attention lets query heads share a key/value head.
 
-
-def attend(q, k, v, mask=None):
-    """softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
-
-    Without a mask each token sees itself and those before it. Grouped queries: query heads 0, 1, 2 read key/value head
-    0, heads 3, 4, 5 read head 1, ...
+    It does on CPUs, and on NVIDIA GPUs since Ampere (2020, compute capability 8.0) in 16 bits without a mask. Elsewhere
+    it would fall back to a version that holds all T x S weights in memory.
     """
-    (B, H, T, D), K = q.shape, k.size(1)
-    fused = has_grouped_kernel(q, mask)
-    if T == 1 and mask is not None and not fused:  # generation: the queries that share a key are rows of a small matrix
-        scores = (q / math.sqrt(D)).view(B, K, H // K, D) @ k.mT  # (B, K, H / K, S)
-        return (scores.where(mask, -math.inf).softmax(-1) @ v).view(B, H, 1, D)
-    if not fused and K < H:
-        k, v = (heads.repeat_interleave(H // K, dim=1) for heads in (k, v))  # (B, H, S, D)
-    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=fused)
+    if q.device.type == "cuda":
+        return mask is None and q.dtype.itemsize == 2 and torch.cuda.get_device_properties(q.device).major >= 8
+    return q.device.type == "cpu"
 
 
 # ---- Rotary positions -----------------------------------------------------------------------------------------------
@@ -198,7 +204,7 @@ def attend(q, k, v, mask=None):
 #
 #     (R_m q) . (R_n k)  =  q . R_m^T R_n k  =  q . R_(n-m) k
 #
-# and a pattern that is learned in one place of a text holds in every other. Like the hands of a clock, fast pairs tell
+# and a pattern that is learned in one place in a text holds everywhere. Like the hands of a clock, fast pairs tell
 # small distances apart and slow pairs large ones. With D = 64 and theta = 100,000:
 #
 #     pair j              0       8       16       24        31
@@ -206,29 +212,24 @@ def attend(q, k, v, mask=None):
 #
 # Which channels form a pair is a convention, and the wrong one is the most common mistake in writing this model. The
 # paper pairs neighbours, (0, 1), (2, 3), ... ("interleaved"); the checkpoints of this family pair channel j with
-# channel j + D/2 ("half-split"). Weights trained with one convention are noise in the other.
+# channel j + D/2 ("half-split"). Weights trained with one convention are noise under the other.
 #
 # Parameters: none. (A learned table of 1024 positions instead would add 1024 x 576 = 589,824.)
 
 
 def rotary_table(positions, config):
-    """Cosines and sines of the angles at positions (T,) int64, for both channels of each pair, float32: (2, T, D)."""
+    """Cosines and sines of the angles of all pairs at positions (T,) int64: (2, T, D/2) float32."""
     exponents = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim  # (D/2,)
     speeds = 1.0 / config.rope_theta**exponents  # (D/2,)
     angles = positions.float()[:, None] * speeds  # (T, D/2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.stack((torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)))
+    return torch.stack((angles.cos(), angles.sin()))  # (2, T, D/2)
 
 
 def rotate(x, rotary):
-    """Rotate the pairs (j, j + D/2) of x (B, heads, T, D) by the angles in rotary (2, T, D).
-
-    A point (a, b) goes to (a, b) cos + (-b, a) sin. The table has the minus.
-    """
-    cos, sin = rotary
-    points = x.float()
-    a, b = points.chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return (points * cos + torch.cat((b, a), dim=-1) * sin).type_as(x)
+    """Rotate each pair (a, b), channels j and j + D/2 of x (B, heads, T, D), by the angles in rotary (2, T, D/2)."""
+    cos, sin = rotary  # (T, D/2) each
+    a, b = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1).type_as(x)  # (B, heads, T, D)
 
 
 # ---- The MLP --------------------------------------------------------------------------------------------------------
@@ -236,10 +237,11 @@ def rotate(x, rotary):
 # Attention moves information between tokens; the MLP works on each token alone. SwiGLU (Shazeer 2020, arXiv 2002.05202)
 # has three matrices where a classic MLP has two: up computes F = 1536 features, gate decides through the smooth switch
 # silu(x) = x sigmoid(x) how much of each passes, and down brings the result back to the residual stream. A classic MLP
-# is 4 C wide; with three matrices, 8/3 C costs the same: 8/3 x 576 = 1536.
+# is 4 C wide; with three matrices, 8/3 C costs the same: 8/3 x 576 = 1536. (The 1.7B is 4 C wide all the same.)
 #
-# To try another activation, change it here, and hidden_act in plumbing/pretrained.py, by which other tools read a
-# checkpoint. Another norm or order of blocks is a change of this file alone, but then no other tool computes the same.
+# To try another activation, norm or order of blocks, change it in this file and in `decode_layer` of sample.py, which
+# repeats the layer for speed. Other tools cannot run such a checkpoint, with one exception: if only the activation has
+# changed, and they know the new one, give its name as hidden_act in plumbing/pretrained.py.
 #
 # Parameters of a layer: 3 x C x F = 3 x 576 x 1536 = 2,654,208.
 
@@ -250,11 +252,9 @@ class MLP(nn.Module):
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.joined = None
 
     def forward(self, x):  # (B, T, C) -> (B, T, C), through (B, T, F)
-        gate, up = F.linear(x, joined(self, self.gate_proj, self.up_proj)).chunk(2, dim=-1)  # (B, T, F) each
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 # ---- A layer --------------------------------------------------------------------------------------------------------
@@ -268,9 +268,9 @@ class MLP(nn.Module):
 class DecoderLayer(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.input_layernorm = make_norm(config)
+        self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = make_norm(config)
+        self.post_attention_layernorm = RMSNorm(config)
         self.mlp = MLP(config)
 
     def forward(self, x, rotary, mask=None, cache=None):  # (B, T, C) -> (B, T, C)
@@ -278,128 +278,57 @@ class DecoderLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ---- What generation adds -------------------------------------------------------------------------------------------
-#
-# A language model writes by predicting the next token, again and again. Keys and values of earlier tokens do not change
-# any more, so they are kept. Without this cache n new tokens cost n (n + 1) / 2 positions of work, with it n. It takes
-# 2 x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers per token, a third of what it would without grouped queries.
-
-
-class KVCache:
-    """The keys and values of one layer: S slots, written in place. Attention reads all of them, and the mask hides the
-    empty ones, so shapes and addresses never change, as torch.compile and CUDA graphs require."""
-
-    def __init__(self, model, B, S, slots):
-        weight, config = model.lm_head.weight, model.config
-        # float32 on a CPU, even if weights are 16-bit: attention would otherwise widen the whole cache at each step.
-        dtype = torch.float32 if weight.device.type == "cpu" else weight.dtype
-        shape = (B, config.num_key_value_heads, S, config.head_dim)
-        # Not torch.empty: masked slots are multiplied by 0, and 0 x NaN would be NaN.
-        self.keys = torch.zeros(shape, dtype=dtype, device=weight.device)  # (B, K, S, D)
-        self.values = torch.zeros_like(self.keys)
-        self.slots = slots  # (T,), those that the next keys and values are written to
-
-    def update(self, keys, values):
-        """Write keys and values (B, K, T, D) into the current slots; return those of all slots, (B, K, S, D)."""
-        self.keys.index_copy_(2, self.slots, keys.type_as(self.keys))
-        self.values.index_copy_(2, self.slots, values.type_as(self.values))
-        return self.keys, self.values
-
-    def go_on(self, slots, copies):
-        """Repeat each row, so that there are copies of it, and write to slots from now on."""
-        self.slots = slots
-        self.keys, self.values = (heads.repeat_interleave(copies, dim=0) for heads in (self.keys, self.values))
-
-
-# Prompts of different lengths are aligned on the right, so that all rows continue in the same slot. Padding on the left
-# of a shorter one is masked. Positions need no correction for it, since attention sees distances alone. Two prompts of
-# 4 and of 2 tokens; 1 marks a slot that the token sees:
-#
-#     slot        0 1 2 3          slot        0 1 2 3
-#     "the"       1 0 0 0          (padding)   1 0 0 0     padding sees itself, because a softmax over nothing
-#     "old"       1 1 0 0          (padding)   0 1 0 0     has no value; no other token reads the result
-#     "dog"       1 1 1 0          "a"         0 0 1 0
-#     "sees"      1 1 1 1          "cat"       0 0 1 1
-
-
-def attention_mask(token_slots, S, padding):
-    """Which of S slots the tokens in token_slots (T,) see, where rows begin with padding (B, 1) slots: (B, 1, T, S)."""
-    all_slots, own = torch.arange(S, device=token_slots.device), token_slots[:, None]  # (S,), (T, 1)
-    return (((all_slots <= own) & (all_slots >= padding[:, :, None])) | (all_slots == own))[:, None]
-
-
-def choose(logits, temperature, top_k, top_p, generator=None):
-    """Draw the next token: (B, V) -> (B,) int64.
-
-    temperature divides the logits: below 1 likely tokens become likelier, at 0 the likeliest is taken. top_k keeps the
-    k likeliest (0: all), top_p the likeliest that together hold at least that probability (Holtzman et al. 2019, arXiv
-    1904.09751). Without either, one of many thousand improbable tokens derails the text now and then.
-    """
-    logits = logits.float()
-    if temperature == 0:
-        return logits.argmax(-1)
-    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
-    probabilities = ((best - best[:, :1]) / max(temperature, 1e-6)).softmax(-1)  # (B, k); differences never overflow
-    if top_p < 1:
-        superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # those in front suffice
-        probabilities = probabilities.masked_fill(superfluous, 0)
-    # i is drawn with probability p_i if it has the largest p_i / e_i, where each e_i is drawn from an exponential
-    # distribution. torch.multinomial does the same, but waits for a GPU.
-    noise = torch.empty_like(probabilities).exponential_(generator=generator)
-    return tokens.gather(1, (probabilities / noise).argmax(-1, keepdim=True)).squeeze(1)
-
-
 # ---- The model ------------------------------------------------------------------------------------------------------
 #
 # The embedding has a row of C numbers for each of V tokens: 49,152 x 576 = 28,311,552 parameters, a fifth of the 135M.
-# The head needs a matrix of the same shape, for the logits of all tokens, and uses the same one (Press & Wolf 2017,
-# arXiv 1608.05859). A second table would cost another fifth, and a shared row is trained as input and as prediction.
+# The head turns the stream back into tokens. It gives each token of the vocabulary a logit: an unnormalized score,
+# which softmax turns into a probability. That needs a matrix of the same shape, and the model uses the same one (Press
+# & Wolf 2016, arXiv 1608.05859). A second table would cost another fifth, and a shared row is trained twice: as input
+# and as prediction.
 #
 # Parameters: 28,311,552 (embedding) + 106,202,880 (layers) + 576 (last norm) + 0 (head, tied) = 134,515,008.
 
 
 class SmolLM2(nn.Module):
-    """The language model. Parameters have the names of transformers' LlamaForCausalLM, so checkpoints need no renaming.
-
-    Raises ValueError, naming the field, for a configuration that cannot make a model.
-    """
+    """The language model. Its parameters have the names of transformers' LlamaForCausalLM: checkpoints fit both."""
 
     def __init__(self, config):
         super().__init__()
-        config.check()
         self.config = config
         embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
-        self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=make_norm(config)))
+        self.model = nn.ModuleDict(dict(embed_tokens=embed_tokens, layers=layers, norm=RMSNorm(config)))
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
-        self.recompute = False  # train.py: --recompute_activations
         self.initialize()
 
     @torch.no_grad()
     def initialize(self):
-        """Draw the weights: normal, with standard deviation 1 / sqrt(C) unless the configuration says otherwise.
+        """Draw the matrices from a normal distribution. Vectors stay as they were made: the weights of norms at 1.
 
-        With that, a sum of C products is as large as its inputs. There are two exceptions. The projections that write
-        into the residual stream, o_proj and down_proj, are divided by sqrt(2 L): the stream is a sum of 2 L writes, and
-        its size should not depend on the depth. The head, and so the embedding where it is tied, is divided by 4: its
-        input has the length sqrt(C), so a matrix of full size would give logits of variance 1, preferences among tokens
-        before any text was read, and a first loss of ln V + 1/2. With variance 1/16 it is ln V + 1/32.
+        The standard deviation is 1 / sqrt(C) unless the configuration says otherwise: a sum of C products is then as
+        large as its inputs. (down_proj sums 8/3 C products, but of gated features, whose mean square is 0.36: 8/3 x
+        0.36 is about 1 again.) There are two exceptions. First, o_proj and down_proj: the residual stream sums 2 L of
+        their outputs, so dividing them by sqrt(2 L) keeps the size of the stream independent of the depth. Second, the
+        head, and with it a tied embedding, has a quarter of that standard deviation, so that a new model hardly prefers
+        any token. A guess among V equally likely tokens costs ln V = 10.80. Random logits of variance s cost s / 2
+        more, because the mean of exp(logit) is exp(s / 2). Here s is C x (1 / (4 sqrt(C)))^2 = 1/16, so the first loss
+        is ln V + 1/32 = 10.83.
         """
         std = self.config.initial_std
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() >= 2:
                 writes_to_stream = name.endswith(("o_proj.weight", "down_proj.weight"))
                 depth = 2 * self.config.num_hidden_layers if writes_to_stream else 1
                 nn.init.normal_(parameter, 0.0, std / math.sqrt(depth))
         nn.init.normal_(self.lm_head.weight, 0.0, std / 4)
 
     def forward(self, input_ids, targets=None):
-        """Logits for the next token, or the loss where the next tokens are given.
+        """Logits for the next token at each position, or the loss where the next tokens are given.
 
-        input_ids (B, T) int64 -> logits (B, T, V). With targets (B, T) int64, the token that follows each input -> the
-        mean cross-entropy in nats, float32; a target of -100 is left out. Raises ValueError for too many positions.
+        input_ids (B, T) int64 -> logits (B, T, V). With targets (B, T) int64, the token after each input, -> the mean
+        cross-entropy in nats, float32; targets of -100 are left out. Raises ValueError for too many positions.
         """
         hidden = self.hidden_states(input_ids, torch.arange(input_ids.size(1), device=input_ids.device))
         return self.lm_head(hidden) if targets is None else self.loss(hidden, targets)
@@ -407,98 +336,32 @@ class SmolLM2(nn.Module):
     def hidden_states(self, input_ids, positions, mask=None, caches=None):
         """The residual stream after the last norm: tokens (B, T) at positions (T,) -> (B, T, C).
 
-        Without a mask (B, 1, T, S) each token sees itself and all before it. Generation brings a cache for each layer.
+        Each token reads itself and all before it. Generation passes caches, one per layer, whose tokens are read as
+        well. When they are not empty, T must be 1, or a mask that broadcasts to (B, H, T, S) must say which tokens may
+        be read. This is how sample.py reads the next turn of a conversation, and tools/evaluate.py several answers.
         """
         if input_ids.size(1) > self.config.max_position_embeddings:
             raise ValueError(f"{input_ids.size(1)} tokens are more than max_position_embeddings allows")
         x = self.model.embed_tokens(input_ids)  # (B, T, C)
         rotary = rotary_table(positions, self.config)  # the same for all layers
         for layer, cache in zip(self.model.layers, caches or [None] * len(self.model.layers), strict=True):
-            # For the backward pass a layer keeps all that it computed, or only its input (Chen et al. 2016, arXiv
-            # 1604.06174) and runs once more when the pass arrives: less memory, a quarter more time.
-            again = partial(recomputed, layer, use_reentrant=False, preserve_rng_state=False)  # no layer draws numbers
-            run = again if self.recompute else layer
-            x = run(x, rotary, mask, cache)
+            x = layer(x, rotary, mask, cache)
         return self.model.norm(x)
 
     def loss(self, hidden, targets):
-        """The mean of -ln p(target), the cross-entropy in nats: hidden (B, T, C), targets (B, T) -> a float32 scalar.
+        """The mean of -ln p(target), the cross-entropy: hidden (B, T, C), targets (B, T) -> a float32 scalar.
 
-        A nat is the unit of information with the natural logarithm, 1.44 bits. A guess among V equally likely tokens
-        costs ln V nats, and ln 49,152 = 10.80 is where training has to begin.
+        It is in nats, units of information like bits, but with the natural logarithm: a nat is 1.44 bits.
         """
         logits = self.lm_head(hidden).float()  # (B, T, V), 85 times as wide as the stream; float32, to sum over V
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+        nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        return nats / (targets != -100).sum().clamp(min=1)  # 0, and not 0 / 0, if there are no targets
 
-    @torch.inference_mode()
-    def generate(
-        self, input_ids, max_new_tokens=128, temperature=0.8, top_k=40, top_p=1.0, eos_token_id=0, generator=None
-    ):
-        """Continue prompts, a tensor (B, T) int64 or B lists of ids: yields (B,) int64, the next token of each.
-
-        A row that has produced eos_token_id goes on yielding it, and generation ends at most 7 tokens after all have;
-        None ends no row. A prompt that all rows share is read once. For top_k and the like see `choose`. Raises
-        ValueError for an empty prompt, too many positions, NaN in logits.
-        """
-        device, room = self.lm_head.weight.device, self.config.max_position_embeddings
-        prompts = [torch.as_tensor(row, device=device) for row in input_ids]
-        B, T = len(prompts), max(len(row) for row in prompts)
-        S, copies = T + max_new_tokens, 1
-        if all(torch.equal(row, prompts[0]) for row in prompts):
-            prompts, copies = prompts[:1], B
-        if min(len(row) for row in prompts) == 0:
-            raise ValueError("the prompt is empty: begin with bos_token_id")
-        if room < S:
-            raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
-        padding = torch.tensor([[T - len(row)] for row in prompts], device=device)  # (B, 1)
-        tokens = torch.stack([F.pad(row, (T - len(row), 0)) for row in prompts])  # (B, T)
-        slots = torch.arange(T, device=device)  # where the tokens are written, and their positions
-        caches = [KVCache(self, len(prompts), S, slots) for _ in self.model.layers]
-
-        def predict():
-            hidden = self.hidden_states(tokens, slots, attention_mask(slots, S, padding), caches)
-            return self.lm_head(hidden[:, -1])  # (B, V)
-
-        with torch.compiler.set_stance("force_eager"):  # each length of a prompt would be compiled anew
-            logits = predict().repeat_interleave(copies, dim=0)  # the prompts, all tokens at once
-        if logits.isnan().any():
-            raise ValueError("the model's logits are NaN: its weights are damaged, or too large for this dtype")
-
-        # From here on a step is one token for each row. All is written in place and nothing waits for the device, so a
-        # GPU can record a step as a CUDA graph.
-        padding, slots, tokens = padding.repeat_interleave(copies, dim=0), slots[-1:].clone(), tokens.new_empty(B, 1)
-        finished = torch.zeros(B, dtype=torch.bool, device=device)
-        for cache in caches:
-            cache.go_on(slots, copies)
-
-        def draw(logits):
-            new = choose(logits, temperature, top_k, top_p, generator)  # (B,)
-            if eos_token_id is not None:
-                new = new.masked_fill(finished, eos_token_id)
-                finished.logical_or_(new == eos_token_id)
-            tokens.copy_(new[:, None])
-
-        def step():
-            slots.add_(1)
-            draw(predict())
-
-        draw(logits)
-        if device.type == "cuda":
-            from plumbing.generation import recorded
-
-            step = recorded(step, generator)
-        for i in range(max_new_tokens):
-            yield tokens[:, 0].clone()
-            # Whether all have finished is looked at now and then, because Python then waits for the device.
-            if i + 1 == max_new_tokens or (eos_token_id is not None and i % 8 == 7 and finished.all()):
-                return
-            step()
-
-    # ---- Loading and saving: a checkpoint is a folder as on the Hugging Face hub, and the names are the published ones
+    # A checkpoint is a folder as on the Hugging Face hub, with the same names of files and tensors.
 
     @classmethod
     def from_pretrained(cls, name, dtype=torch.float32, device="cpu"):
-        """The model in a checkpoint folder, in the newest checkpoint of a run's folder, or under an id on the hub.
+        """Load a checkpoint folder, the newest checkpoint of a run's folder, or a model by its id on the hub.
 
         Raises ValueError, naming the field or the tensor, for anything that is not a whole model of this architecture.
         """
@@ -516,41 +379,107 @@ class SmolLM2(nn.Module):
 
         write_model(folder, self.config, dict(self.named_parameters()))
 
+    # A model writes by predicting the next token, again and again: predict, choose, append.
+
+    @torch.inference_mode()
+    def generate(
+        self, input_ids, max_new_tokens=128, temperature=0.8, top_k=40, top_p=1.0, eos_token_id=None, generator=None
+    ):
+        """Continue texts of equal length: input_ids (B, T) int64 -> yields (B,) int64, the next token of each.
+
+        A text that has produced eos_token_id (None: the configuration's; -1: no text ends early) goes on yielding it,
+        and generation ends when all have. For temperature, top_k and top_p see `choose`. Raises ValueError for no token
+        or too many positions, and TypeError for anything but such a tensor.
+        """
+        if not isinstance(input_ids, torch.Tensor) or input_ids.dim() != 2:
+            raise TypeError("input_ids must be a tensor (B, T) of ids: torch.tensor([tokenizer.encode(text).ids])")
+        end = self.config.eos_token_id if eos_token_id is None else eos_token_id
+        device = self.lm_head.weight.device
+        tokens, (B, T) = input_ids.to(device), input_ids.shape
+        if T == 0:
+            raise ValueError("the prompt is empty: begin with bos_token_id")
+        if (room := self.config.max_position_embeddings) < T + max_new_tokens:
+            raise ValueError(f"{T} tokens of prompt and {max_new_tokens} new ones are more than the model's {room}")
+        caches, positions = [KVCache() for _ in self.model.layers], torch.arange(T, device=device)
+        finished = torch.zeros(B, dtype=torch.bool, device=device)
+        for _ in range(max_new_tokens):
+            hidden = self.hidden_states(tokens, positions, caches=caches)  # predict: T tokens of prompt, then 1 each
+            new = choose(self.lm_head(hidden[:, -1]), temperature, top_k, top_p, generator)  # choose: (B,)
+            new = new.masked_fill(finished, end)
+            finished |= new == end
+            yield new
+            if finished.all():
+                return
+            tokens, positions = new[:, None], positions[-1:] + 1  # append: the cache holds all earlier ones
+
+
+# ---- Generation: a cache and a choice -------------------------------------------------------------------------------
+#
+# Keys and values of earlier tokens never change, as no token reads a later one. So they are kept. Without this cache n
+# new tokens cost n (n + 1) / 2 positions of work, with it n. It takes 2 x L x K x D = 2 x 30 x 3 x 64 = 11,520 numbers
+# per token, a third of what it would without grouped queries. sample.py does the same faster.
+
+
+class KVCache:
+    """The keys and values of one layer's tokens so far. It grows with each new token."""
+
+    def __init__(self):
+        self.keys = self.values = None
+
+    def append(self, keys, values):
+        """Add keys and values (B, K, T, D) of new tokens; return those of all S tokens so far, (B, K, S, D) each."""
+        if self.keys is not None:
+            keys, values = torch.cat((self.keys, keys), dim=2), torch.cat((self.values, values), dim=2)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def choose(logits, temperature, top_k, top_p, generator=None):
+    """Draw the next token: (B, V) -> (B,) int64.
+
+    temperature divides the logits: below 1, likely tokens become likelier; at 0, the likeliest is taken. top_k keeps
+    the k likeliest (0: all), top_p the likeliest that together hold at least that probability (Holtzman et al. 2019,
+    arXiv 1904.09751). Without either, the text derails now and then on one of thousands of improbable tokens.
+    """
+    logits = logits.float()
+    if temperature < 1e-6:  # 0, or so low that dividing by it could overflow
+        return logits.argmax(-1)
+    best, tokens = logits.topk(min(top_k or logits.size(-1), logits.size(-1)))  # (B, k), the likeliest first
+    probabilities = (best / temperature).softmax(-1)  # (B, k)
+    if top_p < 1:
+        superfluous = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones already add up to top_p
+        probabilities = probabilities.masked_fill(superfluous, 0)
+    # Divide each p_i by a random number from an exponential distribution: quotient i is the largest with a probability
+    # proportional to p_i. torch.multinomial draws as well, but makes Python wait for the GPU.
+    noise = torch.empty_like(probabilities).exponential_(generator=generator)
+    return tokens.gather(1, (probabilities / noise).argmax(-1, keepdim=True)).squeeze(1)
+
 
 # ---- Counting: the sums of the comments above, as code --------------------------------------------------------------
 
 
 def parameter_terms(config):
-    """The parameters as two lists of (name, formula, count): those of one layer, and those outside of the layers."""
-    V, C, F, D = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
+    """The matrices as two lists of (name, rows, columns): those of one layer, and those outside the layers."""
+    V, C, width, D = config.vocab_size, config.hidden_size, config.intermediate_size, config.head_dim
     H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = [
-        ("q_proj", f"C x H D    {C} x {H * D}", C * H * D),
-        ("k_proj", f"C x K D    {C} x {K * D}", C * K * D),
-        ("v_proj", f"C x K D    {C} x {K * D}", C * K * D),
-        ("o_proj", f"H D x C    {H * D} x {C}", H * D * C),
-        ("gate_proj", f"C x F      {C} x {F}", C * F),
-        ("up_proj", f"C x F      {C} x {F}", C * F),
-        ("down_proj", f"F x C      {F} x {C}", F * C),
-        ("two norms", f"2 x C      2 x {C}", 2 * C),
-    ]
-    tied = config.tie_word_embeddings
-    head = ("head", "the embedding", 0) if tied else ("head", f"C x V      {C} x {V}", C * V)
-    return layer, [("embedding", f"V x C      {V} x {C}", V * C), ("last norm", f"C          {C}", C), head]
+    attention = [("q_proj", C, H * D), ("k_proj", C, K * D), ("v_proj", C, K * D), ("o_proj", H * D, C)]
+    mlp = [("gate_proj", C, width), ("up_proj", C, width), ("down_proj", width, C)]
+    head = ("head, tied to it", 0, C) if config.tie_word_embeddings else ("head", V, C)
+    return [*attention, *mlp, ("two norms", 2, C)], [("embedding", V, C), head, ("last norm", 1, C)]
 
 
 def count_parameters(config):
-    layer, once = parameter_terms(config)
-    return config.num_hidden_layers * sum(count for *_, count in layer) + sum(count for *_, count in once)
+    layer, once = (sum(rows * columns for _, rows, columns in terms) for terms in parameter_terms(config))
+    return config.num_hidden_layers * layer + once
 
 
 def training_flops(config, T):
     """Floating-point operations to train on one token of a sequence of length T: 6 N + 6 L C T.
 
-    Forward, each parameter of a matrix multiplies once and adds once, 2 N (Kaplan et al. 2020, arXiv 2001.08361,
-    section 2.1); looking up an embedding is free. Attention multiplies with T / 2 earlier keys on average, and with as
-    many values: 2 x 2 x C x T / 2 in each layer. This counts only the causal half; the full T x T square would be
-    12 L C T. The backward pass costs twice the forward pass.
+    In the forward pass each entry of a matrix takes a multiplication and an addition, 2 N (Kaplan et al. 2020, arXiv
+    2001.08361, section 2.1); looking up an embedding is free. Attention multiplies with T / 2 earlier keys on average,
+    and with as many values: 2 x 2 x C x T / 2 in each layer. This counts only the causal half; the full T x T square
+    would be 12 L C T. The backward pass costs twice the forward pass.
     """
     free = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return 6 * (count_parameters(config) - free) + 6 * config.num_hidden_layers * config.hidden_size * T
@@ -558,35 +487,40 @@ def training_flops(config, T):
 
 def report(size):
     """Print the parameter count of one of the sizes, term by term, and what follows from it."""
-    config = getattr(SmolLM2Config, f"smollm2_{size.replace('.', '_')}")()
+    config = SmolLM2Config(**SIZES[size])
     layer, once = parameter_terms(config)
     L, C, N = config.num_hidden_layers, config.hidden_size, count_parameters(config)
-    per_layer = sum(count for *_, count in layer)
+    per_layer = sum(rows * columns for _, rows, columns in layer)
     with torch.device("meta"):
         module = SmolLM2(config)
 
-    def line(name, formula, value):
-        print(f"  {name:<40}{formula:<26}{value:>17,}")
+    def line(name, value, formula=""):
+        print(f"  {name:<40}{formula:<20}{value:>17,}")
 
     print(f"SmolLM2 {size}\n\nA layer")
-    for term in (*layer, ("together", "", per_layer)):
-        line(*term)
+    for name, rows, columns in layer:
+        line(name, rows * columns, f"{rows} x {columns}")
+    line("in all", per_layer)
     print("\nThe model")
-    for term in ((f"{L} layers", f"{L} x {per_layer:,}", L * per_layer), *once, ("parameters", "the sum", N)):
-        line(*term)
-    line("", "PyTorch counts", sum(parameter.numel() for parameter in module.parameters()))
-    print("\nOperations to train on a token")
+    line(f"{L} layers", L * per_layer, f"{L} x {per_layer:,}")
+    for name, rows, columns in once:
+        line(name, rows * columns, f"{rows} x {columns}")
+    line("parameters", N)
+    line("as PyTorch counts them", sum(parameter.numel() for parameter in module.parameters()))
+    print("\nOperations of training, per token")
     for T in (512, 2048, 8192):
-        line(f"in a sequence of {T}", "6 N + 6 L C T", training_flops(config, T))
+        line(f"in a sequence of {T}", training_flops(config, T), "6 N + 6 L C T")
     if size == "135m":
         print("\nCounts that come from a mistake")
-        wide = dataclasses.replace(config, num_key_value_heads=config.num_attention_heads)
-        line("K and V as wide as Q, two MLP matrices", "", count_parameters(wide) - L * C * config.intermediate_size)
-        line("a learned table of 1024 positions", "", N + 1024 * C)
+        line("a head that is not tied", count_parameters(replace(config, tie_word_embeddings=False)))
+        line("a learned table of 1024 positions", N + 1024 * C)
+        wide = count_parameters(replace(config, num_key_value_heads=config.num_attention_heads))
+        line("keys and values as wide as queries", wide)
+        line("that, and two MLP matrices, not three", wide - L * C * config.intermediate_size)
 
 
 if __name__ == "__main__":
     size = sys.argv[1].lower() if len(sys.argv) > 1 else "135m"
-    if size not in ("135m", "360m", "1.7b") or len(sys.argv) > 2:
-        sys.exit(f"usage: python model.py [135m | 360m | 1.7b], not {' '.join(sys.argv[1:])}")
+    if size not in SIZES or len(sys.argv) > 2:
+        sys.exit(f"usage: python model.py [{' | '.join(SIZES)}], not {' '.join(sys.argv[1:])}")
     report(size)
