@@ -1,12 +1,11 @@
-"""The model card of a checkpoint: its README.md, with the metadata that the hub reads."""
+"""The model card, README.md of a checkpoint: what the model is, what it was trained on, and how to use it."""
 
-import contextlib
 import dataclasses
 import json
 import re
+from fractions import Fraction
 from pathlib import Path
 
-from plumbing.files import write_whole
 from plumbing.shards import from_hub
 
 CARD = """---
@@ -16,7 +15,7 @@ CARD = """---
 # {name}
 
 A language model of {parameters:,} parameters with the architecture of SmolLM2, trained with the code of *SmolLM2 from
-scratch*. It continues texts of the kind that it was trained on; it was not trained to follow instructions.
+scratch*{origin}. {purpose}
 
 | | |
 |---|---|
@@ -26,7 +25,7 @@ scratch*. It continues texts of the kind that it was trained on; it was not trai
 from transformers import pipeline
 
 model = "."  # this folder, or its name on the hub
-print(pipeline("text-generation", model)({prompt})[0]["generated_text"])
+print(pipeline("text-generation", model)({call})[0]{written})
 ```
 
 The settings of the run:
@@ -36,17 +35,34 @@ The settings of the run:
 ```
 """
 
+CONTINUES = """It continues texts of the kind it was trained on last; it was not trained to follow instructions, and has
+no chat template."""
+ANSWERS = """It answers: it was trained last on conversations, of the kind named below. What it says need not be
+true."""
 
-def model_card(config, tensors, settings, shards, step, metrics):
-    """The card as Markdown: what the model was trained on, how far, how to use it. No paths of the machine."""
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
-    front += ["widget:", f"- text: {json.dumps(settings.sample_prompt)}"]
-    datasets = sorted({repository(shard) for shard in shards.values() if repository(shard)})
-    front += ["datasets:", *(f"- {dataset}" for dataset in datasets)] if datasets else []
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.init_from) and not Path(settings.init_from).exists():
-        front.append(f"base_model: {settings.init_from}")
+
+def model_card(config, tensors, settings, corpus, step, metrics):
+    """Markdown, with the metadata that the hub reads: what the model was trained on, how far, how to use it. It
+    holds no paths of the machine."""
+    shards = corpus.shards
+    prompt = json.dumps(settings.sample_prompt, ensure_ascii=False)
+    front = ["library_name: transformers", "pipeline_tag: text-generation", "widget:", f"- text: {prompt}"]
+    repositories = {
+        shard["file"]: "/".join(shard["source"].split("/")[:2]) for shard in shards.values() if from_hub(shard)
+    }
+    front += ["datasets:", *(f"- {name}" for name in sorted(set(repositories.values())))] if repositories else []
+    base, local = settings.init_from, Path(settings.init_from)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not local.exists():
+        front.append(f"base_model: {base}")
+    else:
+        base = local.resolve().name
+    sources = []
+    for shard in shards.values():
+        of_mix = f", {float(Fraction(shard['share'])):.1%} of the mix" if "share" in shard else ""
+        at = f"{repositories[shard['file']]}, {shard['file']} at {shard['revision'][:7]}" if from_hub(shard) else None
+        sources.append((at or Path(str(shard.get("file"))).name) + of_mix)
     rows = {
-        "data": "<br>".join(map(origin, shards.values())),
+        "data": "<br>".join(sources),
         "tokens of the data": f"{sum(shard['train']['tokens'] for shard in shards.values()):,}",
         "tokens trained on": f"{step * settings.batch_tokens:,}, in {step:,} steps",
         "training loss, nats per token": metrics.get("loss"),
@@ -60,43 +76,11 @@ def model_card(config, tensors, settings, shards, step, metrics):
     return CARD.format(
         front="\n".join(front),
         name=Path(settings.out_dir).resolve().name,
+        purpose=ANSWERS if corpus.chats else CONTINUES,
+        call=f'[{{"role": "user", "content": {prompt}}}]' if corpus.chats else prompt,
+        written='["generated_text"][-1]["content"]' if corpus.chats else '["generated_text"]',
+        origin="" if settings.init_from == "scratch" else f", from the weights of {base}",
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
-        prompt=json.dumps(settings.sample_prompt),
-        settings=json.dumps(used, indent=2),
+        settings=json.dumps(used, indent=2, ensure_ascii=False),
     )
-
-
-def repository(shard):
-    """The dataset on the hub that a shard was made from, or None."""
-    return "/".join(shard["source"].split("/")[:2]) if from_hub(shard) else None
-
-
-def origin(shard):
-    """A shard's file: on the hub with repository and commit, here without the folders it lies in."""
-    if repository(shard):
-        return f"{repository(shard)}, {shard['file']} at {shard['revision'][:7]}"
-    return Path(str(shard.get("file"))).name
-
-
-def sample_prompt(folder):
-    """The text with which the card of a model suggests to try it, or None."""
-    from huggingface_hub import ModelCard
-
-    with contextlib.suppress(Exception):  # no card, or one without
-        return ModelCard.load(Path(folder, "README.md")).data.widget[0]["text"]
-
-
-def add_scores(folder, scores):
-    """Put scores, dicts of the fields of an EvalResult, into the card of a model, if it has one, where the hub shows
-    them: its model-index."""
-    from huggingface_hub import EvalResult, ModelCard
-
-    folder = Path(folder).resolve()
-    if not (folder / "README.md").exists():
-        return
-    card = ModelCard.load(folder / "README.md")
-    name = folder.parent.name if folder.name.startswith("checkpoint-") else folder.name
-    card.data.model_name = card.data.model_name or name
-    card.data.eval_results = [EvalResult(**score) for score in scores]
-    write_whole(folder / "README.md", str(card).encode())

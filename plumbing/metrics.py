@@ -10,43 +10,43 @@ import time
 from pathlib import Path
 
 from plumbing.checkpoint import claim
-from plumbing.devices import peak_flops
-from plumbing.files import write_whole
-from plumbing.ranks import say
+from plumbing.devices import device_name, peak_flops
+from plumbing.files import say, write_whole
+from plumbing.pretrained import newest_checkpoint
 
 
 class Log:
     """log(step, ...) writes what is given, and what follows from it: tokens, epochs, tokens per second, MFU. Every step
-    is in the file; the screen has one in log_interval, and those that were evaluated.
+    goes to the file; the screen shows one in log_interval, and those that were evaluated.
 
-    MFU is the fraction of a device's peak that goes into the operations which training needs (Chowdhery et al. 2022,
-    arXiv 2204.02311, appendix B).
+    MFU, model FLOPs utilization, is the fraction of a device's peak that goes into the operations which training needs
+    (Chowdhery et al. 2022, arXiv 2204.02311, appendix B).
     """
 
-    def __init__(self, settings, ranks, windows, device, flops_per_token, step=None):
-        """step is that of the checkpoint that the run continues: what was written after it will be written again."""
-        self.settings, self.ranks, self.peak = settings, ranks, peak_flops(device)
-        self.flops_per_token = flops_per_token
-        self.epoch_tokens = windows.per_epoch * windows.seq_len  # tokens of one pass over all that the run sees
+    def __init__(self, settings, ranks, mix, device, flops_per_token, step=None):
+        """step is that of the checkpoint being resumed: what was written after it will be written again."""
+        self.settings, self.ranks, self.flops_per_token = settings, ranks, flops_per_token
+        self.peak = peak_flops(device_name(device)) if device.type == "cuda" else None
+        self.mix, self.sizes = mix, {name: part.per_epoch for name, part in mix.parts.items()}  # of all that it sees
         if settings.repeat_steps:
-            self.epoch_tokens = min(self.epoch_tokens, settings.repeat_steps * settings.batch_tokens)
+            repeated = mix.seen(settings.repeat_steps * settings.batch_tokens // settings.seq_len)
+            self.sizes = {name: max(1, min(size, repeated[name])) for name, size in self.sizes.items()}
         self.first_step, self.steps, self.seconds = step or 0, 0, 0.0  # the last two: since a line of the screen
-        self.last, self.clock = None, None
+        self.clock = None
         self.path = Path(settings.out_dir) / "metrics.jsonl"
         if ranks.rank == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
             claim(settings.out_dir)
             rewind(self.path, -1 if step is None else step)
             self.track = TRACKERS[settings.log_to](settings, step or 0)
         if self.peak:
-            ranks.say(f"MFU is of {self.peak / 1e12:,.0f} Tflop/s, with causal attention counted by half")
+            ranks.say(f"MFU: of {self.peak / 1e12:,.0f} Tflop/s, counting only the causal half of attention")
 
-    def timed(self, seconds):
-        """Count a step into the speed."""
-        self.steps, self.seconds, self.last = self.steps + 1, self.seconds + seconds, seconds
-
-    def __call__(self, step, loss=None, learning_rate=None, grad_norm=None, **evaluation):
-        """In metrics.jsonl, null is what was not measured or is not finite."""
+    def __call__(self, step, loss=None, learning_rate=None, grad_norm=None, seconds=None, **evaluation):
+        """seconds are those of the step, without its evaluation. In metrics.jsonl, null is what was not measured or is
+        not finite."""
+        if step <= self.first_step + 1:  # the first step may have waited for the compiler
+            seconds = None
+        self.steps, self.seconds = self.steps + bool(seconds), self.seconds + (seconds or 0.0)
         tokens, per_step = step * self.settings.batch_tokens, self.settings.batch_tokens
         metrics = {
             "step": step,
@@ -54,12 +54,10 @@ class Log:
             "learning_rate": learning_rate,
             "grad_norm": grad_norm,
             "tokens": tokens,
-            "epoch": tokens / self.epoch_tokens,
-            "unique_tokens": min(tokens, self.epoch_tokens),
-            "tokens_per_second": per_step / self.last if self.last else None,
-            "mfu": self.mfu(per_step / self.last) if self.last else None,
+            **self.passes(tokens),
+            "tokens_per_second": per_step / seconds if seconds else None,
+            "mfu": self.mfu(per_step / seconds) if seconds else None,
         } | evaluation
-        self.last = None
         if self.ranks.rank > 0:
             return
         shown = evaluation or step % self.settings.log_interval == 0 or step == self.settings.max_steps
@@ -75,6 +73,17 @@ class Log:
             self.track({name: value for name, value in metrics.items() if value is not None})
         except OSError as error:  # a full disk costs a line, not the run
             say(f"{self.path} could not be written: {error.strerror}")
+
+    def passes(self, tokens):
+        """epoch, the passes over all that the run sees, and unique_tokens, how many of them it has seen; in a mix also
+        for each folder."""
+        length, sizes = self.settings.seq_len, self.sizes
+        seen = self.mix.seen(tokens // length)
+        unique = {name: length * min(count, sizes[name]) for name, count in seen.items()}
+        values = {"epoch": sum(seen.values()) / sum(sizes.values()), "unique_tokens": sum(unique.values())}
+        for name in seen if len(seen) > 1 else ():
+            values |= {f"epoch/{name}": seen[name] / sizes[name], f"unique_tokens/{name}": unique[name]}
+        return values
 
     def mfu(self, tokens_per_second):
         return tokens_per_second * self.flops_per_token / (self.peak * self.ranks.size) if self.peak else None
@@ -99,17 +108,65 @@ class Log:
             yield f"{datetime.timedelta(seconds=round(left))} left"
 
 
+def announce(ranks, settings, model, dtype, corpus, checkpoint):
+    """What the run is about to do, in a few lines on the screen."""
+    parameters, device = sum(parameter.numel() for parameter in model.parameters()), model.lm_head.weight.device
+    sequences = settings.batch_tokens // settings.seq_len
+    ranks.say(f"{parameters:,} parameters, {dtype} on {ranks.size} x {device.type}")
+    parts = corpus.train.parts
+    per_epoch = sum(part.per_epoch for part in parts.values())
+    ranks.say(f"{sequences} sequences of {settings.seq_len} tokens per step, {per_epoch:,} per epoch")
+    if len(parts) > 1:
+        of_all = zip(parts.items(), map(float, corpus.train.shares), strict=True)
+        mix = [f"{share:.1%} from {name}, which has {part.per_epoch:,}" for (name, part), share in of_all]
+        ranks.say(f"sequences of the mix: {'; '.join(mix)}")
+    if corpus.chats and settings.train_on != "all":
+        tokens, learned = corpus.train.batch(0, min(500, per_epoch))
+        tokens, learned = tokens[~learned.all(1)], learned[~learned.all(1)]  # without those of texts, in a mix
+        begun = max(1, (learned[:, 1:] & ~learned[:, :-1]).sum())
+        cut = (learned[:, -1] & (tokens[:, -1] != corpus.ends["eos_token_id"])).sum()
+        ranks.say(f"learned: the answers, {learned.mean():.1%} of the tokens; sequences cut {cut / begun:.1%} of them")
+    if checkpoint:
+        ranks.say(f"resumed from {checkpoint}; new shards, which are left out: {', '.join(corpus.left_out) or 'none'}")
+    if settings.warmup_steps + settings.decay_steps > settings.max_steps:
+        ranks.say("warmup_steps and decay_steps are more than max_steps: the learning rate does not reach its peak")
+
+
 def rewind(path, step):
-    """Drop the lines of metrics.jsonl that come after a step, and any half-written one."""
+    """Drop the lines of metrics.jsonl that come after a step, and any that were half written."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
-                kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode())
+                kept.append(line + b"\n")
+    write_whole(path, b"".join(kept))
 
 
-# ---- Trackers: packages of their own, imported only when asked for --------------------------------------------------
+class BadSteps:
+    """Steps whose loss or gradient is NaN or infinite, which would stay in the weights for ever. They are skipped;
+    max_bad_steps of them in a row end the run."""
+
+    def __init__(self, settings, ranks, save):
+        self.settings, self.ranks, self.save, self.in_a_row = settings, ranks, save, 0
+
+    def includes(self, step, loss, grad_norm):
+        """Whether this step is one of them; exits if there were too many."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return False
+        self.in_a_row += 1
+        self.ranks.say(f"step {step} is skipped: its loss is {loss}, its grad_norm {grad_norm}")
+        if self.in_a_row == self.settings.max_bad_steps:
+            self.save.finish()
+            sys.exit(
+                f"{self.in_a_row} steps in a row were NaN or infinite; the last good checkpoint is "
+                f"{newest_checkpoint(self.settings.out_dir) or 'none yet'}: continue from it with a lower "
+                "--learning_rate, or with --dtype=float32."
+            )
+        return True
+
+
+# ---- Trackers: optional packages, imported only when asked for -------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -1,20 +1,22 @@
-"""A model folder as on the Hugging Face hub: found, read and refused, written.
+"""Model folders as on the Hugging Face hub: finding, reading, checking and writing them.
 
     config.json               the shape of the model
     generation_config.json    the token that ends a text
     model.safetensors         the weights, or several such files and model.safetensors.index.json
-    tokenizer.json            with tokenizer_config.json, what transformers needs to make a tokenizer of it
+    tokenizer.json            and tokenizer_config.json: the tokenizer, as transformers reads it
 
 Weights are safetensors, so no pickle is ever executed.
 """
 
 import dataclasses
 import json
+import math
 import os
 import re
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 
 # What config.json must say where it says anything: the same keys with other values are other architectures.
 ARCHITECTURE = {
@@ -35,19 +37,26 @@ IGNORED = (
 # ---- Reading --------------------------------------------------------------------------------------------------------
 
 
-def find_model(name):
-    """The folder that a model's name means: the newest checkpoint of a run's folder, a folder, or a download by hub id.
+def find_model(name, weights=True):
+    """The folder of a model: the newest checkpoint in a run's folder, the folder itself, or a download by hub id, which
+    may leave out the weights.
 
     Raises ValueError when there is none.
     """
     if os.path.isdir(name):
-        return newest_checkpoint(name) or name
+        folder = newest_checkpoint(name) or name
+        if "metrics.jsonl" in os.listdir(folder) and not os.path.exists(os.path.join(folder, "config.json")):
+            raise ValueError(f"{name} is a run that has not saved a checkpoint yet")
+        return folder
+    if str(name).startswith("out/"):  # where runs are, in all recipes; never a name on the hub
+        raise ValueError(f"{name} is not here yet: train first, with train.py")
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)):
         raise ValueError(f"{name} is not a folder")
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        files = ["*.json", "*.jinja", "README.md", *(["*.safetensors"] if weights else [])]
+        return snapshot_download(name, allow_patterns=files)
     except (OSError, ValueError) as error:  # what the hub's client raises; the first line says it
         away = type(error).__name__ == "LocalEntryNotFoundError"  # and nothing of it in the cache
         reason = "it cannot be reached" if away else str(error).strip().split("\n")[0]
@@ -55,13 +64,13 @@ def find_model(name):
 
 
 def list_checkpoints(out_dir):
-    """The checkpoints of a run's folder, oldest first. What an interrupted save left has another kind of name."""
+    """The checkpoints in a run's folder, oldest first. What an interrupted save leaves behind is named otherwise."""
     names = [name for name in os.listdir(out_dir) if re.fullmatch(r"checkpoint-\d{6,}", name)]
     return [os.path.join(out_dir, name) for name in sorted(names, key=lambda name: int(name[11:]))]
 
 
 def newest_checkpoint(out_dir):
-    """The last checkpoint of a run's folder, or None."""
+    """The newest checkpoint in a run's folder, or None."""
     return (list_checkpoints(out_dir) or [None])[-1]
 
 
@@ -83,10 +92,30 @@ def read_config(folder, cls):
     if missing := fields - values.keys() - {"initializer_range", "bos_token_id", "eos_token_id"}:
         raise ValueError(f"{path} lacks {min(missing)}")
     config = cls(**{key: value for key, value in values.items() if key in fields})
-    config.check()
+    check_config(config)
     if values.get("head_dim") not in (None, config.head_dim):
         raise ValueError(f"{path}: head_dim {values['head_dim']!r} is not hidden_size / num_attention_heads")
     return config
+
+
+def check_config(config):
+    """Raise a ValueError that names the field if the values cannot make a model."""
+    for field in dataclasses.fields(config):
+        value, least = getattr(config, field.name), 0 if field.name.endswith("_token_id") else 1
+        most = 10_000 if field.name == "num_hidden_layers" else 100_000_000
+        if field.type is bool:
+            fits, wanted = isinstance(value, bool), "true or false"
+        elif field.type is int:
+            fits, wanted = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
+        else:
+            fits, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+        if not fits and (value is not None or field.name != "initializer_range"):
+            raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+    C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
+    if C % (2 * H):
+        raise ValueError(f"hidden_size {C} must be a multiple of 2 x num_attention_heads, {2 * H}")
+    if H % K:
+        raise ValueError(f"num_attention_heads {H} must be a multiple of num_key_value_heads {K}")
 
 
 def read_weights(folder, model, dtype, device):
@@ -127,6 +156,19 @@ def weight_files(folder):
     if not all(re.fullmatch(r"[\w-][\w.-]*\.safetensors", name) for name in names):  # a name, never a path elsewhere
         raise ValueError(f"{index} must have a weight_map that gives each tensor a .safetensors file of this folder")
     return [os.path.join(folder, name) for name in sorted(names)]
+
+
+def read_tokenizer(folder, config):
+    """The tokenizer of a folder; raises ValueError if it is damaged, or has tokens that the model does not know."""
+    try:
+        tokenizer = Tokenizer.from_file(os.path.join(folder, "tokenizer.json"))
+    except Exception as error:  # the library has no exception type for this
+        raise ValueError(f"{folder} has no readable tokenizer.json: {error}") from None
+    if (last := max(tokenizer.get_vocab().values(), default=0)) >= config.vocab_size:
+        raise ValueError(
+            f"{folder}: tokenizer.json has a token {last}, and config.json a vocab_size of {config.vocab_size}"
+        )
+    return tokenizer
 
 
 def read_json(path):

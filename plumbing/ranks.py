@@ -1,4 +1,4 @@
-"""Ranks, signals and what is printed.
+"""Ranks and signals.
 
 A rank is one of several processes that train together, each on a device of its own.
 """
@@ -6,29 +6,28 @@ A rank is one of several processes that train together, each on a device of its 
 import contextlib
 import datetime
 import functools
+import gc
+import math
 import os
 import signal
 import sys
 import time
+
+from plumbing.files import AFTERWARDS, say, why
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
 
-def say(text, file=None):
-    """Print a line. What cannot be printed, because the disk is full or nobody reads, is lost; the run is not."""
-    with contextlib.suppress(OSError):
-        print(f"{text}\n", end="", file=file, flush=True)  # as one piece, for another thread may print too
-
-
 class Ranks:
     """The processes that train together. torchrun starts them and tells each its rank; alone, one is rank 0 of 1.
 
-    Whoever waits for another for more than timeout seconds takes it for dead, and ends the job.
+    A rank that waits for another for more than timeout seconds assumes that it died, and ends the job.
     """
 
     def __init__(self, timeout):
+        self.began = time.monotonic()
         self.rank, self.local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
         self.size = int(os.environ.get("WORLD_SIZE", 1))
         if self.size > 1:
@@ -44,22 +43,23 @@ class Ranks:
 
     @contextlib.contextmanager
     def together(self):
-        """A block that may exit with a sentence: if it does on one rank, all exit, and the sentence is printed once."""
-        refusal = None
+        """A block of set-up. If it exits with a sentence on one rank, all exit, and the sentence is printed once.
+
+        Yields a dict for facts that must be the same on all ranks; if they differ, all exit and say where.
+        """
+        facts, refusal = {}, None
         try:
-            yield
+            yield facts
         except SystemExit as error:
             refusal = str(error.code)
-        refusals = self.gather(refusal)
+        except OSError as error:  # a file that cannot be read
+            refusal = why(error)
+        refusals, everyone = zip(*self.gather((refusal, facts)), strict=True)
         reasons = {refusal: refusals.index(refusal) for refusal in refusals if refusal is not None}
         if reasons:
             said_by_all = len(reasons) == 1 and None not in refusals
             lines = [reason if said_by_all else f"rank {rank}: {reason}" for reason, rank in reasons.items()]
             self.refuse("\n".join(lines))
-
-    def agree(self, facts):
-        """Exit if the values of a dict are not the same on all ranks."""
-        everyone = self.gather(facts)
         for rank, theirs in enumerate(everyone):
             for name in everyone[0] | theirs:
                 here, there = everyone[0].get(name), theirs.get(name)
@@ -80,21 +80,22 @@ class Ranks:
 
     def leave(self):
         if self.size > 1:
-            self.sum(torch.zeros(1))  # a rank that left in haste could trip over its own threads
+            self.sum(torch.zeros(1))  # leave only after all ranks are done
             dist.destroy_process_group()
 
     def say(self, text):
-        """Print once, not once a rank."""
+        """Print once, not once per rank."""
         if self.rank == 0:
             say(text)
 
     def progress(self, items, doing):
-        """The items, with a bar where they take more than a second and a person watches a terminal."""
+        """The items, with a progress bar where they take more than a second and a person watches a terminal."""
         return tqdm(items, doing, leave=False, delay=1, disable=None if self.rank == 0 else True)
 
 
-def reports_lost_ranks(main):
-    """A main that ends with one sentence if its connection to another rank breaks, or memory runs out."""
+def ends_well(main):
+    """A main that ends with one sentence if another rank is lost, or memory runs out. However it ends, Ctrl-C, the
+    folder and the memory of the run are free again, so a notebook can go on and call it once more."""
 
     @functools.wraps(main)
     def wrapper(settings):
@@ -102,36 +103,47 @@ def reports_lost_ranks(main):
             main(settings)
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
-            sys.exit(
-                f"{reason}, with --micro_batch={settings.micro_batch}: a smaller one needs less, and so does "
-                "--recompute_activations=True."
-            )
+            sys.exit(f"{reason}: lower --micro_batch, or train with --recompute_activations=True.")
         except RuntimeError as error:
             if not isinstance(error, dist.DistError) and "gloo" not in str(error):
                 raise
+            if "connectFullMesh" in str(error):  # a host name that resolves to 127.0.1.1, as Debian and Ubuntu set it
+                sys.exit(
+                    "the ranks found each other but cannot connect. Where they are on several machines, set "
+                    "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME on each to the network interface between them, for "
+                    f"example eth0: {error}"
+                )
             sys.exit(
                 f"a rank died, or the others waited for it more than --timeout={settings.timeout} seconds: {error}"
             )
+        finally:
+            AFTERWARDS.close()
+            gc.unfreeze()
 
     return wrapper
 
 
 class StopSignal:
-    """Ctrl-C, and a scheduler's SIGTERM, let a step end and be saved: asked becomes True.
+    """Ctrl-C, a scheduler's SIGTERM, and the end of max_minutes end the run after the current step: asked() is True.
 
     The same signal can come from a terminal and from torchrun, within a second or so, and counts once. A person's
     second Ctrl-C, later than that, stops at once.
     """
 
-    def __init__(self, rank):
-        self.asked, self.since, self.rank = False, 0.0, rank
-        signal.signal(signal.SIGINT, self.ask)
-        signal.signal(signal.SIGTERM, self.ask)
+    def __init__(self, ranks, max_minutes):
+        self.signaled, self.since, self.rank = False, 0.0, ranks.rank
+        self.end = ranks.began + 60 * (max_minutes or math.inf)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            before = signal.signal(number, self.ask)
+            AFTERWARDS.callback(signal.signal, number, before or signal.SIG_DFL)
+
+    def asked(self):
+        return self.signaled or time.monotonic() > self.end
 
     def ask(self, number, frame):
-        if not self.asked:
-            self.asked, self.since = True, time.monotonic()
-            if self.rank == 0:
+        if not self.signaled:
+            self.signaled, self.since = True, time.monotonic()
+            if self.rank == 0 and sys.stdout:
                 with contextlib.suppress(OSError):  # not print, which a signal may have interrupted
                     os.write(1, b"stopping after this step, to save it; Ctrl-C once more stops at once\n")
         elif number == signal.SIGINT and time.monotonic() - self.since > 2:

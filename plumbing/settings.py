@@ -3,19 +3,21 @@
     python train.py config/tiny.py --learning_rate=1e-3 --model.num_hidden_layers=4
 
 A recipe is a Python file with a section for each script, such as train = dict(learning_rate=1e-3, model=dict(...)). Its
-values are put before the arguments of the command line, and the last one counts. So both are parsed, typed and refused
-by one parser.
+values become arguments as well, and what is parsed from them are the defaults of the command line. So both are typed
+and refused by one parser, and --help shows the recipe's values.
 """
 
-import contextlib
-import difflib
 import math
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, get_args, get_type_hints
+
+from plumbing.files import why
 
 import tyro
 
@@ -37,45 +39,57 @@ Fraction = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= v
 
 
 def run(main, section, cls, interrupted=""):
-    """Run the main of a script with its settings. Ctrl-C ends it with a sentence, and a closed pipe, as of `| head`,
-    with nothing."""
-    for stream in (sys.stdout, sys.stderr):  # a console need not have every character that a model writes
+    """Run a script's main with its settings (section None: it takes no recipe). Ctrl-C, and a file that cannot be read
+    or written, end it with one sentence, a closed pipe (`| head`) silently."""
+    for stream in (sys.stdout, sys.stderr):  # a console may lack characters that a model writes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
     try:
         main(load_settings(section, cls))
+        for number in (signal.SIGINT, signal.SIGTERM):  # one that comes late, as a launcher may send it, stops nothing
+            signal.signal(number, signal.SIG_IGN)
     except KeyboardInterrupt:
         sys.exit(interrupted or 130)  # as shells do
     except BrokenPipeError:
         pass
+    except OSError as error:
+        if error.errno is None:  # not the system's, but that of a library
+            raise
+        sys.exit(why(error))
     finally:
-        with contextlib.suppress(OSError):  # what cannot be printed is given up; else Python calls that an error
-            sys.stdout.flush()
+        if sys.stdout:
+            try:
+                sys.stdout.flush()
+            except OSError:  # give up what cannot be printed; else Python tries again as it exits, with status 120
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def load_settings(section, cls, argv=None):
-    """The dataclass cls from the section of a recipe and the command line; exits with one sentence for bad input."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    if files := [arg for arg in args if not arg.startswith("-")]:
-        args.remove(files[0])
-        args = recipe_arguments(files[0], section) + args
-    known = [f"--{name}" for name, _ in flatten(vars(cls()))]
-    for arg in args:
-        name = arg.split("=")[0]
-        if name not in known and name not in ("-h", "--help"):
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
-            hint = f"did you mean {near[0]}?" if near else "--help lists the settings."
-            sys.exit(f"{arg!r} is not a setting of {section}, as --name=value; {hint}")
+    """The dataclass cls, filled from a recipe's section and the command line; exits with a message for bad input."""
+    args, hints = list(sys.argv[1:] if argv is None else argv), get_type_hints(cls, include_extras=True)
     about = sys.modules[cls.__module__].__doc__  # the script's own: what it is for, and commands to start from
-    settings = tyro.cli(cls, args=args, description=about, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    check_bounds(settings)
+    parse = partial(tyro.cli, cls, description=about, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
+    settings = cls()
+    if section and (files := [arg for arg in args if not arg.startswith("-")]):
+        args.remove(files[0])
+        settings = parse(args=recipe_arguments(files[0], section))
+    for arg in args:
+        if arg.startswith("--") and arg[2:] in hints:
+            sys.exit(f"{arg} has no value; write {arg}={'True' if hints[arg[2:]] is bool else 'VALUE'}.")
+    settings = parse(args=args, default=settings)
+    for name, hint in hints.items():
+        value = getattr(settings, name)
+        for part in (hint, *get_args(hint)):  # Count itself, or the Count of Count | None
+            for bound in getattr(part, "__metadata__", ()):
+                if value is not None and isinstance(bound, Bound) and not bound.holds(value):
+                    sys.exit(f"--{name}={value} must be {bound.words}.")
     return settings
 
 
 def recipe_arguments(path, section):
     """The section of a recipe as command-line arguments."""
     if not os.path.isfile(path):
-        sys.exit(f"{path} is not a file; the recipes are in config/, and settings are written --name=value.")
+        sys.exit(f"{path} is not a file; recipes are in config/, and settings are written --name=value.")
     try:
         values = runpy.run_path(path)
     except Exception as error:
@@ -85,18 +99,8 @@ def recipe_arguments(path, section):
     return [f"--{name}={value}" for name, value in flatten(values[section])]
 
 
-def check_bounds(settings):
-    """Exit with one sentence if a value is outside of the bound that its annotation declares."""
-    for name, hint in get_type_hints(type(settings), include_extras=True).items():
-        value = getattr(settings, name)
-        for part in (hint, *get_args(hint)):  # Count itself, or the Count of Count | None
-            for bound in getattr(part, "__metadata__", ()):
-                if value is not None and isinstance(bound, Bound) and not bound.holds(value):
-                    sys.exit(f"--{name}={value} must be {bound.words}.")
-
-
 def flatten(values, prefix=""):
-    """Names and values, those of a nested section or dataclass as section.name."""
+    """Names and values; those of a nested section or dataclass as section.name."""
     for name, value in values.items():
         inner = value if isinstance(value, dict) else getattr(value, "__dict__", None)
         if inner is None:
