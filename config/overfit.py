@@ -1,8 +1,8 @@
 """The full SmolLM2-135M on one batch of 256 tokens, again and again, until it knows them by heart.
 
-The first thing to run after a change to model or loop: a gradient that does not arrive, a wrong scale or rate, a state
-that is not updated show in minutes, as a loss that does not fall from 10.8 to almost 0. What it learns is worth
-nothing: val_loss rises meanwhile, which is what overfitting means.
+The first thing to run after a change to model or loop. A missing gradient, a wrong scale or rate, or a state that is
+never updated shows within minutes: the loss does not fall from 10.8 to almost 0. What it learns is worth nothing:
+val_loss rises meanwhile, which is what overfitting means.
 """
 
 data_dir = "data/python-docs"

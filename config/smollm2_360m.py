@@ -1,8 +1,10 @@
 """SmolLM2-360M by its published recipe, on the first file of cosmopedia-v2.
 
-The original saw 4 T tokens: 2,600,000 steps of 1,572,864 (128 GPUs x 6 windows x 2048 tokens), 2000 of them warmup, the
-last 520,000 the linear decay to 0. Here it makes four passes over the 270 M tokens of one file.
+The original saw 4 T tokens: 2,600,000 steps of 1,572,864 (128 GPUs x 6 sequences x 2048 tokens), 2000 of them warmup,
+the last 520,000 the linear decay to 0. Here it makes four passes over the 270 M tokens of one file.
 """
+
+from model import SIZES
 
 out_dir = "out/smollm2-360m"
 
@@ -14,13 +16,7 @@ train = dict(
     max_steps=700,
     warmup_steps=70,
     decay_steps=140,
-    model=dict(
-        hidden_size=960,
-        intermediate_size=2560,
-        num_hidden_layers=32,
-        num_attention_heads=15,
-        num_key_value_heads=5,
-    ),
+    model=SIZES["360m"],
 )
 
 sample = dict(model=out_dir)
