@@ -3,6 +3,7 @@
     python -m tools.evaluate --model=out/smollm2                                      a run, a checkpoint, or a hub id
     python -m tools.evaluate --model=HuggingFaceTB/SmolLM2-135M --tasks=all
     python -m tools.evaluate --model=out/smollm2 --all_checkpoints=True --limit=200
+    python -m tools.evaluate --model=HuggingFaceTB/SmolLM2-135M --data_dir=data/books     how well it predicts a text
 
 Each choice is read as the continuation of its question, and the one with the highest log-probability per character is
 taken as the answer. There are no letters to choose and no examples before the question. Accuracy rises late in
@@ -17,19 +18,20 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
-from plumbing.card import add_scores
+from plumbing.corpus import open_corpus
 from plumbing.devices import set_up_device, training_dtype
 from plumbing.files import write_whole
-from plumbing.generation import join
-from plumbing.pretrained import find_model, list_checkpoints, read_json
+from plumbing.pretrained import find_model, list_checkpoints, read_json, read_tokenizer
+from plumbing.ranks import Ranks
 from plumbing.settings import Count, run
 
 import torch
-from tokenizers import Tokenizer
 from tqdm import tqdm
 
+import train
 from model import SmolLM2
 from tools.tasks import TASKS, questions
 
@@ -40,6 +42,9 @@ class Settings:
 
     model: str = "out/smollm2"  # out_dir of a run, a checkpoint folder, or a hub id
     tasks: str = "hellaswag,arc_easy,arc_challenge,piqa"  # names between commas, or all
+    data_dir: str | None = None  # instead of tasks, the validation side of a folder that prepare.py wrote
+    eval_tokens: Count = 131_072  # tokens of it
+    seq_len: Count = 2048  # tokens of a sequence of it, or the model's positions where they are fewer
     limit: Count | None = None  # only the first questions of each task
     all_checkpoints: bool = False  # evaluate every checkpoint of a run, not only the newest
     batch_tokens: Count | None = None  # tokens that go through the model at once; unset: 256 on a CPU, else 4096
@@ -63,6 +68,8 @@ def pack(model, encoded, budget):
     all choices is there once, unless that would be too long for the model."""
     room, packed, length = model.config.max_position_embeddings, [], 0
     for number, pairs in enumerate(encoded):
+        if not fits(model, pairs):
+            continue
         shared = all(pair[0] == pairs[0][0] for pair in pairs)
         together = len(pairs[0][0]) + sum(len(choice) for _, choice in pairs)
         groups = [pairs] if shared and together <= room else [[pair] for pair in pairs]
@@ -78,6 +85,11 @@ def pack(model, encoded, budget):
             length += needed
     if packed:
         yield packed
+
+
+def fits(model, pairs):
+    """Whether the model has as many positions as the longest choice has tokens."""
+    return max(len(choice) for _, choice in pairs) <= model.config.max_position_embeddings
 
 
 @torch.inference_mode()
@@ -119,11 +131,13 @@ def log_probabilities(model, packed):
 
 
 def evaluate(model, tokenizer, asked, budget, name):
-    """Yield (choices, number of the right one, scores of all) for each question, as soon as it is answered."""
+    """Yield (choices, number of the right one, scores of all) for each question, as soon as it is answered. Questions
+    with a choice longer than the model are left out."""
     encoded = [[encode(tokenizer, context, choice) for choice in choices] for context, choices, _ in asked]
-    scores = [[] for _ in asked]
-    print(f"{name}: {len(asked):,} questions", file=sys.stderr, flush=True)
-    with tqdm(total=len(asked), desc=name, unit=" questions", disable=None) as bar:
+    scores, count = [[] for _ in asked], sum(fits(model, pairs) for pairs in encoded)
+    left_out = f", {len(asked) - count:,} left out: longer than the model" if count < len(asked) else ""
+    print(f"{name}: {count:,} questions{left_out}", file=sys.stderr, flush=True)
+    with tqdm(total=count, desc=name, unit=" questions", disable=None) as bar:
         for packed in pack(model, encoded, budget):
             found = iter(log_probabilities(model, packed))
             for number, _, choices in packed:
@@ -144,26 +158,69 @@ def summary(answers):
         right += by_length.index(max(by_length)) == gold
         right_by_sum += scores.index(max(scores)) == gold
         nats, size = nats - scores[gold], size + len(choices[gold].encode())
-    n, accuracy = len(answers), right / len(answers)
+    n = len(answers)
     return {
         "questions": n,
-        "accuracy": accuracy,
-        "standard_error": math.sqrt(accuracy * (1 - accuracy) / n),
+        "accuracy": right / n,
+        "interval": interval(right, n),
         "accuracy_by_sum": right_by_sum / n,
         "gold_bits_per_byte": nats / math.log(2) / size,
     }
+
+
+def interval(right, n, z=1.96):
+    """The accuracies of which n questions with so many right answers are not unlikely, at 95%: from the lowest to the
+    highest (Wilson 1927). Where all n are right, it is from n / (n + z * z) to 1, not a single point."""
+    middle, reach = right + z * z / 2, z * math.sqrt(right * (n - right) / n + z * z / 4)
+    return [(middle - reach) / (n + z * z), (middle + reach) / (n + z * z)]
+
+
+def add_scores(folder, scores):
+    """Put scores, dicts of the fields of an EvalResult, into the card of a model, if it has one, where the hub shows
+    them: its model-index."""
+    from huggingface_hub import EvalResult, ModelCard
+
+    folder = Path(folder).resolve()
+    if not (folder / "README.md").exists():
+        return
+    try:
+        card = ModelCard.load(folder / "README.md")
+    except Exception as error:  # YAML that is none
+        return print(f"{folder / 'README.md'} is damaged, so the scores are not put into it: {error}", file=sys.stderr)
+    name = folder.parent.name if folder.name.startswith("checkpoint-") else folder.name
+    card.data.model_name = card.data.model_name or name
+    card.data.eval_results = [EvalResult(**score) for score in scores]
+    write_whole(folder / "README.md", str(card).encode())
+
+
+# ---- A text of one's own --------------------------------------------------------------------------------------------
+
+
+def predict(model, folder, settings, dtype):
+    """The loss and bits per byte of the validation side of a data folder, or of each folder of a mix, in words."""
+    of_data = SimpleNamespace(seq_len=min(settings.seq_len, model.config.max_position_embeddings))
+    corpus = open_corpus(settings.data_dir, of_data.seq_len, 0, settings.eval_tokens)
+    corpus.check_tokenizer(folder)
+    device = model.lm_head.weight.device
+    autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    with torch.inference_mode():
+        scores = train.evaluate(model, corpus, of_data, 1, Ranks(timeout=600), device, autocast)
+    return " | ".join(f"{name} {value:.4f}" for name, value in scores.items())
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
 
 
 def table(results):
-    lines = ["task            questions   accuracy    error    by sum   chance     135M   360M   1.7B   bits per byte"]
+    published = f"{'135M':>9}{'360M':>7}{'1.7B':>7}"
+    header = f"{'task':<15}{'questions':>10}{'accuracy':>11}{'95% interval':>18}{'by sum':>9}{'chance':>9}{published}"
+    lines = [f"{'published, base models':>{len(header)}}", f"{header}{'bits per byte':>16}"]
     for name, result in results.items():
+        low, high = (100 * bound for bound in result["interval"])
+        accuracy, by_sum = 100 * result["accuracy"], 100 * result["accuracy_by_sum"]
+        numbers = f"{accuracy:10.1f}%{low:9.1f} to {high:5.1f}{by_sum:8.1f}%{TASKS[name].chance:8.0f}%  "
         published = "".join(f"{score:7.1f}" for score in TASKS[name].published).ljust(21)
-        percent = [100 * result[key] for key in ("accuracy", "standard_error", "accuracy_by_sum")]
-        numbers = f"{percent[0]:8.1f} %  +- {percent[1]:4.1f}  {percent[2]:6.1f} %   {TASKS[name].chance:4.0f} %"
-        lines.append(f"{name:<15}{result['questions']:10,}  {numbers} {published} {result['gold_bits_per_byte']:12.3f}")
+        lines.append(f"{name:<15}{result['questions']:10,}{numbers}{published}{result['gold_bits_per_byte']:16.3f}")
     return "\n".join(lines)
 
 
@@ -179,21 +236,21 @@ def main(settings):
         folders = [find_model(settings.model)]
         if settings.all_checkpoints:
             folders = (os.path.isdir(settings.model) and list_checkpoints(settings.model)) or folders
-        tokenizer = Tokenizer.from_file(os.path.join(folders[-1], "tokenizer.json"))
     except ValueError as error:
         sys.exit(str(error))
-    except Exception as error:  # the library has no type of its own for this
-        sys.exit(f"{folders[-1]} has no readable tokenizer.json: {error}")
-    asked = {name: questions(name, TASKS[name], settings.limit) for name in names}
+    asked = {} if settings.data_dir else {name: questions(name, TASKS[name], settings.limit) for name in names}
     for folder in folders:
         local = os.path.isdir(settings.model)
         path = (Path(folder) if local else Path()) / "evaluation.json"
         try:
             model = SmolLM2.from_pretrained(folder, dtype, device)
-            join(model)
+            tokenizer = read_tokenizer(folder, model.config)
             before = read_json(path) if path.exists() else {}
         except ValueError as error:
             sys.exit(str(error))
+        if settings.data_dir:
+            print(f"{folder if local else settings.model}: {predict(model, folder, settings, dtype)}")
+            continue
         answers, stopped = {name: [] for name in names}, False
         try:
             for name in names:
@@ -205,10 +262,11 @@ def main(settings):
         of = {"model": Path(folder).resolve().name if local else settings.model, "dtype": str(dtype)}
         same = all(before.get(name) == value for name, value in of.items())  # what was found before stays
         content = of | {"tasks": (before.get("tasks", {}) if same else {}) | results}
+        print(f"{folder if settings.all_checkpoints else settings.model}\n{table(results)}\n", flush=True)
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
         if local:
-            add_scores(folder, [TASKS[name].for_card(name, result) for name, result in content["tasks"].items()])
-        print(f"{folder if settings.all_checkpoints else settings.model}\n{table(results)}\n", flush=True)
+            known = {name: result for name, result in content["tasks"].items() if name in TASKS}
+            add_scores(folder, [TASKS[name].for_card(name, result) for name, result in known.items()])
         if stopped:
             sys.exit("stopped: the table has the questions answered so far")
 

@@ -1,8 +1,8 @@
 """The tasks that the SmolLM2 family was published with: where their questions are, and how they are asked.
 
 A task makes (context, choices, number of the right one) of a row of its dataset. Prompts, splits and revisions are
-those of the published evaluation: text/evaluation/smollm2 of https://github.com/huggingface/smollm, with LightEval at
-ea46419.
+those of the published evaluation: text/evaluation/tasks.py of https://github.com/huggingface/smollm at c552527, with
+LightEval at ea46419.
 """
 
 import re
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from plumbing.hub import hub_errors
+from plumbing.sources import hub_errors
 
 # ---- Prompts --------------------------------------------------------------------------------------------------------
 
@@ -100,7 +100,7 @@ TASKS = {
     "arc_challenge": Task(arc, "allenai/ai2_arc", "ARC-Challenge", TEST, 25),
     "piqa": Task(piqa, "ybisk/piqa", "plain_text", VALIDATION, 50, (68.4, 71.7, 77.6)),
     "winogrande": Task(winogrande, "allenai/winogrande", "winogrande_xl", VALIDATION, 50, (51.3, 52.5, 59.4)),
-    "openbookqa": Task(openbookqa, "allenai/openbookqa", "main", VALIDATION + TEST, 25, (34.6, 37.4, 42.2)),
+    "openbookqa": Task(openbookqa, "allenai/openbookqa", "main", TEST, 25, (34.6, 37.4, 42.2)),
     "commonsense_qa": Task(commonsense_qa, "tau/commonsense_qa", "default", VALIDATION, 20, (33.9, 38.0, 43.6)),
     "mmlu": Task(mmlu, "cais/mmlu", "all", TEST, 25, (31.5, 35.8)),
 }
