@@ -1,6 +1,5 @@
-"""What the tests share: the scripts as a user runs them, a small corpus, a tokenizer, a hub on loopback."""
+"""What the tests share: the scripts as a user runs them, a small corpus, a trained model, a mock hub on loopback."""
 
-import functools
 import json
 import os
 import random
@@ -14,11 +13,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import hub as hub_server  # noqa: E402
+import hub as mock_hub  # noqa: E402
 
-signal.signal(
-    signal.SIGINT, signal.default_int_handler
-)  # a shell lets its background jobs, and their children, ignore it
+# A shell lets its background jobs ignore Ctrl-C, and so their children: let the scripts see it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A model that takes milliseconds a step, on the CPU or on another DEVICE.
 SMALL = (
@@ -35,6 +33,9 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: seconds to a minute; leave these out with -m 'not slow'")
 
 
+# ---- Running scripts
+
+
 def environment(**variables):
     """No hub but the test's own: where a test names none, nothing answers."""
     here = {"HF_ENDPOINT": "http://127.0.0.1:9", "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
@@ -47,36 +48,28 @@ def command(script, *args, nproc=0):
     return [sys.executable, *launcher, *module, script, *map(str, args)]
 
 
-def execute(line, variables):
-    encoding = variables.get("PYTHONIOENCODING", "utf-8")
-    if "FORKED" not in os.environ or "torch.distributed.run" in line or variables:
-        env = environment(**variables)
-        return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, encoding=encoding, timeout=600)
-    done = forks().run(line, ROOT, environment(**variables))
-    done.stdout, done.stderr = done.stdout.decode(), done.stderr.decode()
-    return done
-
-
-@functools.cache
-def forks():
-    from forked import Forks
-
-    return Forks()
+def finished(line, **variables):
+    """A command that has run in the project's folder, with what it printed."""
+    encoding, env = variables.get("PYTHONIOENCODING", "utf-8"), environment(**variables)
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, encoding=encoding, timeout=600)
 
 
 def run(script, *args, nproc=0, **variables):
     """Run a script of the project as a user does, and return what it printed."""
-    done = execute(command(script, *args, nproc=nproc), variables)
+    done = finished(command(script, *args, nproc=nproc), **variables)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def refused(script, *args, **variables):
     """Run a script that must refuse its input, and return the sentence that it leaves with."""
-    done = execute(command(script, *args), variables)
-    assert done.returncode not in (0, None), done.stdout
+    done = finished(command(script, *args), **variables)
+    assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr
     return done.stderr
+
+
+# ---- Data and models
 
 
 def metrics(out_dir):
@@ -95,44 +88,59 @@ def sentences(count, seed=0):
     return [f"{number}: " + " ".join(talk[number * 6 : number * 6 + 6]) for number in range(count)]
 
 
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def preparing(source, out, tokenizer="train:300", *args):
+    """The arguments of prepare.py."""
+    return [f"--source={source}", f"--data_dir={out}", f"--tokenizer={tokenizer}", *args]
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """A jsonl file of 400 documents."""
-    path = tmp_path_factory.mktemp("corpus") / "talk.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in sentences(400)))
-    return path
+    return write_jsonl(tmp_path_factory.mktemp("corpus") / "talk.jsonl", sentences(400))
 
 
 @pytest.fixture(scope="session")
 def data(corpus, tmp_path_factory):
     """The corpus, prepared with a tokenizer of its own."""
     folder = tmp_path_factory.mktemp("data")
-    run("prepare.py", f"--source={corpus}", f"--data_dir={folder}", "--tokenizer=train:300", "--val_fraction=0.1")
+    run("prepare.py", *preparing(corpus, folder), "--val_fraction=0.1")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(data):
+    return data / "tokenizer.json"
+
+
+@pytest.fixture(scope="session")
+def other_data(tokenizer, tmp_path_factory):
+    """Documents of another kind, sums, with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("other") / "sums"
+    texts = (f"{first} + {first % 7} = {first + first % 7}; " * 9 for first in range(100, 500))
+    source = write_jsonl(folder.parent / "sums.jsonl", texts)
+    run("prepare.py", *preparing(source, folder, tokenizer), "--val_fraction=0.1")
     return folder
 
 
 @pytest.fixture(scope="session")
 def trained(data, tmp_path_factory):
     """A short run on the corpus: the folder, with checkpoints of steps 20 and 40."""
-    out = tmp_path_factory.mktemp("out") / "run"
-    run(
-        "train.py",
-        *SMALL,
-        f"--data_dir={data}",
-        f"--out_dir={out}",
-        "--max_steps=40",
-        "--save_interval=20",
-        "--eval_interval=20",
-    )
+    out, often = tmp_path_factory.mktemp("out") / "run", ("--save_interval=20", "--eval_interval=20")
+    run("train.py", *SMALL, f"--data_dir={data}", f"--out_dir={out}", "--max_steps=40", *often)
     return out
 
 
-CHAT_TEMPLATE = """{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system
-Be brief.<|im_end|>
-{% endif %}<|im_start|>{{ message['role'] }}
-{{ message['content'] }}<|im_end|>
-{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
-{% endif %}"""  # in the manner of SmolLM2's Instruct models
+# That of SmolLM2's Instruct models, with a shorter message of the system.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\n"
+    "Be brief.<|im_end|>\\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\\n' + message['content'] + "
+    "'<|im_end|>' + '\\n'}}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
 
 
 @pytest.fixture(scope="session")
@@ -155,8 +163,8 @@ def instruct(trained, tmp_path_factory):
 
 @pytest.fixture
 def hub(tmp_path):
-    """A hub on loopback, with an empty cache to download into: pass hub.environment to a script."""
-    server = hub_server.serve(tmp_path / "hub")
+    """A mock hub on loopback, with an empty cache to download into: pass hub.environment to a script."""
+    server = mock_hub.serve(tmp_path / "hub")
     server.environment = {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "cache")}
     yield server
     server.shutdown()

@@ -1,17 +1,19 @@
-"""How to know that it learns: what the README says of losses that are too good, or do not fall, shown on purpose."""
+"""How to know that it learns: what losses and counts look like when all is well, and after each usual mistake."""
 
 import collections
 import itertools
 import json
 import math
+from dataclasses import replace
 
-from plumbing.baselines import baselines
+from plumbing.tokens import baselines
 
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, metrics, run
-from test_train import trainer, values, write_shard
+import torch.nn.functional as F
+from conftest import ROOT, metrics
+from runs import train_here, values, write_shard
 
 from model import SmolLM2, SmolLM2Config
 
@@ -22,49 +24,95 @@ TINY = SmolLM2Config(
     num_hidden_layers=2,
     num_attention_heads=2,
     num_key_value_heads=1,
-    max_position_embeddings=64,
 )
+LN_V = math.log(64)
+
+# ---- Mistakes, made on purpose
 
 
-def loss_on_noise(shift):
-    """What a model reaches on tokens drawn at random, new ones at each step."""
+def noise():
+    """New tokens at each step, drawn at random: nothing can be learned."""
+    return torch.randint(0, 64, (8, 33))
+
+
+def counting():
+    """Each token is the one before it, and one."""
+    return (torch.randint(0, 64, (8, 1)) + torch.arange(33)) % 64
+
+
+def losses(batch, steps=150, config=TINY, learning_rate=0.01, shift=1):
     torch.manual_seed(0)
-    model = SmolLM2(TINY)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
-    for _ in range(150):
-        tokens = torch.randint(0, 64, (8, 33))
-        loss = model(tokens[:, :-1], tokens[:, 1:] if shift else tokens[:, :-1])
+    model, losses = SmolLM2(config), []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    for tokens in (batch() for _ in range(steps)):
+        loss = model(tokens[:, :-1], tokens[:, shift : shift + 32])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    return loss.item()
+        losses.append(loss.item())
+    return losses
+
+
+def test_without_a_mistake_the_loss_starts_at_ln_v_falls_on_a_pattern_and_stays_on_noise():
+    learned = losses(counting)
+    untied = losses(counting, steps=1, config=replace(TINY, tie_word_embeddings=False))
+    assert learned[0] == pytest.approx(LN_V + 1 / 32, abs=0.05) == untied[0]
+    assert learned[-1] < 0.1
+    assert min(losses(noise)[-50:]) > LN_V - 0.1
+
+
+def test_an_initialization_that_is_too_large_starts_well_above_ln_v():
+    assert losses(counting, steps=1, config=replace(TINY, initializer_range=2.0))[0] > LN_V + 2
+
+
+def test_a_learning_rate_that_is_too_small_leaves_the_loss_where_it_was():
+    assert np.ptp(losses(counting, learning_rate=1e-7)) < 0.1
 
 
 def test_unshifted_targets_give_a_loss_that_is_too_good_to_be_true():
-    assert loss_on_noise(shift=False) < 0.01
-    assert loss_on_noise(shift=True) > math.log(64) - 0.1
+    assert losses(noise, shift=0)[-1] < 0.1
+
+
+def test_without_a_causal_mask_the_loss_is_too_good_to_be_true(monkeypatch):
+    attend = F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, is_causal, **more: attend(*args, **more))
+    assert losses(noise)[-1] < LN_V / 2
+
+
+def test_one_batch_again_and_again_is_memorized_and_worsens_the_rest(tmp_path, data):
+    """By config/overfit.py, whose vocabulary is larger than that of the data."""
+    args = ROOT / "config" / "overfit.py", "--max_steps=100", "--model.vocab_size=512", "--eval_interval=10"
+    train_here(data, tmp_path, *args)
+    assert values(tmp_path, "loss")[100] < 0.1
+    evaluations = values(tmp_path, "val_loss")
+    assert evaluations[0] == pytest.approx(math.log(512), abs=0.1)
+    assert evaluations[100] > min(evaluations.values()) + 0.5
+    assert values(tmp_path, "unique_tokens")[100] == 256
+
+
+# ---- Below the frequencies of tokens, and of pairs
 
 
 def test_on_shuffled_tokens_it_stops_at_the_frequencies(tmp_path, data):
     shard = json.loads((data / "shard-00000.json").read_text())
     shuffle = np.random.default_rng(0).permutation
     train, val = (shuffle(np.fromfile(data / f"{split}-00000.bin", "<u2")) for split in ("train", "val"))
-    write_shard(tmp_path, 0, train, val, shard["vocab_size"], data / "tokenizer.json")
-    trainer(tmp_path, tmp_path / "out", "--max_steps=150", "--eval_tokens=4000", "--decay_steps=50")
+    write_shard(tmp_path, train, val, shard["vocab_size"], data / "tokenizer.json")
+    train_here(tmp_path, tmp_path / "out", "--max_steps=150", "--eval_tokens=4000", "--decay_steps=50")
     unigram = baselines(train, val)["unigram_loss"]
     assert unigram == pytest.approx(values(tmp_path / "out", "val_loss")[150], abs=0.05)
     assert unigram < math.log(shard["vocab_size"]) - 1
 
 
 def test_on_text_it_passes_the_frequencies_and_then_the_pairs(tmp_path, data):
-    trainer(data, tmp_path, "--max_steps=150", "--eval_interval=10", "--decay_steps=50")
-    baselines, losses = metrics(tmp_path)[0], values(tmp_path, "val_loss")
+    train_here(data, tmp_path, "--max_steps=150", "--eval_interval=10", "--decay_steps=50")
+    first, evaluations = metrics(tmp_path)[0], values(tmp_path, "val_loss")
     shard = json.loads((data / "shard-00000.json").read_text())
-    assert baselines["unigram_loss"] == pytest.approx(shard["val"]["unigram_loss"])
-    assert baselines["bigram_loss"] == pytest.approx(shard["val"]["bigram_loss"])
-    passed_unigram = min(step for step, loss in losses.items() if loss < baselines["unigram_loss"])
-    passed_bigram = min(step for step, loss in losses.items() if loss < baselines["bigram_loss"])
-    assert 0 < passed_unigram < passed_bigram < 150
+    passed = []
+    for name in ("unigram_loss", "bigram_loss"):
+        assert first[name] == pytest.approx(shard["val"][name])
+        passed.append(min(step for step, loss in evaluations.items() if loss < first[name]))
+    assert 0 < passed[0] < passed[1] < 150
 
 
 def test_baselines_by_hand():
@@ -83,44 +131,3 @@ def test_a_pair_between_two_blocks_is_counted():
     tokens = np.zeros(2**22 + 10, "<u2")
     tokens[2**22 - 1 : 2**22 + 1] = 7, 9  # counting goes block by block, and this pair stands across
     assert baselines(tokens, np.array([7, 9], "<u2"), prior=0.01)["bigram_loss"] < 0.02
-
-
-def test_one_batch_again_and_again(tmp_path, data):
-    run(
-        "train.py",
-        "config/overfit.py",
-        *SMALL,
-        f"--data_dir={data}",
-        f"--out_dir={tmp_path}",
-        "--max_steps=100",
-        "--model.vocab_size=0",
-    )
-    assert values(tmp_path, "loss")[100] < 0.1
-    assert values(tmp_path, "unique_tokens")[100] == 256
-    assert values(tmp_path, "val_loss")[100] > 1
-
-
-def test_a_run_and_its_second_part(tmp_path, data):
-    """config/cosmo5k.py with fewer steps: the second part begins where the first has ended, at the same rate."""
-    small = [arg for arg in SMALL if not arg.startswith(("--warmup", "--decay", "--learning", "--sample", "--save"))]
-    arguments = (
-        "config/cosmo5k.py",
-        *small,
-        f"--data_dir={data}",
-        f"--out_dir={tmp_path}",
-        "--learning_rate=0.01",
-        "--warmup_steps=10",
-        "--save_interval=50",
-    )
-    first = run("train.py", *arguments, "--max_steps=100", "--sample_interval=50")
-    second = run("train.py", *arguments, "--max_steps=150", "--resume=True", "--sample_interval=10")
-    assert first.count("Once upon a time") == 2 and second.count("Once upon a time") == 5
-    losses, rates = values(tmp_path, "loss"), values(tmp_path, "learning_rate")
-    before = [losses[step] for step in range(61, 101)]
-    assert 0.9 * min(before) < losses[101] < 1.1 * max(before) < losses[20]
-    assert rates[5] < rates[10] == rates[100] == rates[101] == rates[150] == 0.01
-    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
-        "checkpoint-000050",
-        "checkpoint-000100",
-        "checkpoint-000150",
-    ]

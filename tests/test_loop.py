@@ -1,43 +1,39 @@
-"""The loop against a second one, written here with transformers' model and plain PyTorch; and what it may never do."""
+"""The loop against a second one, written here with transformers' model and plain PyTorch; and what it counts."""
 
 import math
-import subprocess
-import sys
 from types import SimpleNamespace
 
 from plumbing import metrics as plumbing_metrics
-from plumbing.bins import open_corpus
+from plumbing.corpus import Mix, open_corpus
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SMALL, environment, run
+from conftest import run
+from runs import arguments, train_here, values, write_shard
 from safetensors.torch import load_file
-from test_faults import arguments
-from test_train import trainer, values, write_shard
 from transformers import AutoModelForCausalLM
 
+import train
 from model import SmolLM2
 
 RATE, DECAY = 0.01, 0.3
 
 
 def reference(folder, data, steps, grad_clip, batch=8):
-    """The losses, gradient norms and final weights of AdamW on transformers' model, a window at a time."""
+    """The losses, gradient norms and final weights of AdamW on transformers' model, a sequence at a time."""
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     matrices, norms = ([p for p in theirs.parameters() if p.dim() == n] for n in (2, 1))
     groups = [{"params": matrices, "weight_decay": DECAY}, {"params": norms, "weight_decay": 0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), eps=1e-8)
-    windows, losses, lengths = open_corpus(data, 32, 0, 32).train, [], []
+    mix, losses, lengths = open_corpus(data, 32, 0, 32).train, [], []
     for step in range(steps):
-        rate = RATE * min(1, (step + 1) / 2)
         for group in optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = RATE * min(1, (step + 1) / 2)
         losses.append(0.0)
-        for index in range(step * batch, step * batch + batch):
-            window = torch.tensor(np.array(windows[index]).astype(np.int64))
-            logits = theirs(window[None, :-1]).logits[0]
-            loss = sum(-logits[t].log_softmax(-1)[window[t + 1]] for t in range(32)) / 32 / batch
+        for tokens in torch.tensor(mix.batch(step * batch, batch)[0]):
+            logits = theirs(tokens[None, :-1]).logits[0]
+            loss = sum(-logits[t].log_softmax(-1)[tokens[t + 1]] for t in range(32)) / 32 / batch
             loss.backward()
             losses[-1] += loss.item()
         squares = sum((p.grad**2).sum().item() for p in theirs.parameters())
@@ -58,7 +54,7 @@ def test_losses_norms_and_weights_are_those_of_a_second_loop(grad_clip, trained,
     model.save_pretrained(start)
     (start / "tokenizer.json").write_bytes((data / "tokenizer.json").read_bytes())
     args = f"--init_from={start}", f"--grad_clip={grad_clip}", f"--weight_decay={DECAY}", "--max_steps=8"
-    trainer(data, tmp_path / "out", *args, "--micro_batch=2")
+    train_here(data, tmp_path / "out", *args, "--micro_batch=2")
     losses, lengths, weights = reference(start, data, 8, grad_clip)
     assert list(values(tmp_path / "out", "loss").values()) == pytest.approx(losses, rel=1e-4)
     assert list(values(tmp_path / "out", "grad_norm").values()) == pytest.approx(lengths, rel=1e-3)
@@ -66,81 +62,73 @@ def test_losses_norms_and_weights_are_those_of_a_second_loop(grad_clip, trained,
         assert torch.allclose(ours, weights[name], atol=3e-5), name
 
 
+# ---- Evaluations and samples
+
+STILL = "--learning_rate=1e-30", "--weight_decay=0"
+
+
 @pytest.mark.parametrize("nproc", [0, 2])
-def test_an_evaluation_is_the_mean_over_its_windows(nproc, trained, data, tmp_path):
-    """Seven windows in micro-batches of four: the last is filled up, with a window of another loss."""
-    args = f"--init_from={trained}", "--max_steps=1", "--learning_rate=1e-30", "--weight_decay=0"
-    trainer(data, tmp_path, *args, "--eval_tokens=224", "--micro_batch=4", nproc=nproc)
+def test_an_evaluation_is_the_mean_over_its_sequences(nproc, trained, data, tmp_path):
+    """Seven sequences in micro-batches of four: the last is filled up, and must not count what it is filled with."""
+    args = f"--init_from={trained}", "--max_steps=1", *STILL, "--eval_tokens=224", "--micro_batch=4"
+    run("train.py", *arguments(data, tmp_path, *args), nproc=nproc)
     theirs = AutoModelForCausalLM.from_pretrained(trained / "checkpoint-000040")
-    windows = open_corpus(data, 32, 0, 224).val
-    assert len(windows) == 7
+    sequences = torch.from_numpy(open_corpus(data, 32, 0, 224).val[data.name][0])
+    assert len(sequences) == 7
     with torch.no_grad():
-        losses = [theirs(window[None], labels=window[None]).loss.item() for window in windows]
+        losses = [theirs(tokens[None], labels=tokens[None]).loss.item() for tokens in sequences]
     assert np.std(losses) > 0.01
     assert values(tmp_path, "val_loss")[0] == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_samples_differ_only_by_the_model(trained, data, tmp_path):
-    still = (
-        f"--init_from={trained}",
-        "--learning_rate=1e-30",
-        "--weight_decay=0",
-        "--max_steps=3",
-        "--sample_interval=1",
-    )
-    printed = trainer(data, tmp_path, *still, "--sample_prompt=7: ")
-    samples = [part.split("\n\n")[0] for part in printed.split("\n\n7: ")[1:]]
-    assert len(samples) == 3 and len(set(samples)) == 1
-    other = trainer(data, tmp_path / "other", *still, "--seed=1")
-    assert samples[0] not in other
+# ---- What is counted
 
 
 def test_unique_tokens_stop_where_the_text_comes_again(data, tmp_path):
+    """In the second epoch; or, with --repeat_steps, after its steps, also where a resumed run goes on."""
     pattern = np.tile(np.arange(20, 60), 50)
-    write_shard(tmp_path, 0, pattern, pattern[:400], 64, data / "tokenizer.json")
-    trainer(tmp_path, tmp_path / "out", "--max_steps=10")
-    assert values(tmp_path / "out", "tokens")[10] == 2560
-    seen = [0, 256, 512, 768, 1024, 1280, 1536, 1792, 1952, 1952, 1952]  # 61 windows of 32, and room for the offset
-    assert list(values(tmp_path / "out", "unique_tokens").values()) == seen
-    assert values(tmp_path / "out", "epoch")[10] == pytest.approx(2560 / 1952)
+    write_shard(tmp_path, pattern, pattern[:400], 64, data / "tokenizer.json")
+    train_here(tmp_path, tmp_path / "epochs", "--max_steps=10")
+    assert values(tmp_path / "epochs", "tokens")[10] == 2560
+    seen = [0, 256, 512, 768, 1024, 1280, 1536, 1792, 1952, 1952, 1952]  # 61 sequences of 32, and room for the offset
+    assert list(values(tmp_path / "epochs", "unique_tokens").values()) == seen
+    assert values(tmp_path / "epochs", "epoch")[10] == pytest.approx(2560 / 1952)
+    for steps in (3, 6):
+        train_here(data, tmp_path / "steps", "--repeat_steps=2", "--resume=True", f"--max_steps={steps}")
+    assert list(values(tmp_path / "steps", "unique_tokens").values()) == [0, 256, 512, 512, 512, 512, 512]
+    assert values(tmp_path / "steps", "epoch")[6] == pytest.approx(3)
 
 
-def test_no_checkpoint_is_saved_after_a_step_that_was_bad(trained, data, tmp_path):
-    model = SmolLM2.from_pretrained(trained)
-    with torch.no_grad():
-        model.model.norm.weight *= 100
-    model.save_pretrained(tmp_path / "loud")
-    settings = ["--dtype=float16", "--max_steps=20", "--save_interval=1", "--keep_checkpoints=99"]
-    printed = run("train.py", *arguments(data, tmp_path / "out", *settings, f"--init_from={tmp_path / 'loud'}"))
-    bad = {int(line.split()[1]) for line in printed.splitlines() if "is skipped" in line}
-    saved = {int(path.name[11:]) for path in (tmp_path / "out").glob("checkpoint-*")}
-    assert bad and saved == set(range(1, 21)) - bad
-    resumed = ["--dtype=float16", "--max_steps=22", "--resume=True", f"--init_from={tmp_path / 'loud'}"]
-    assert "is skipped" not in run("train.py", *arguments(data, tmp_path / "out", *resumed))  # the scale is known
+def log_of(out, said, device="cpu"):
+    """The log of a run on four devices, for steps of 1000 tokens of a million operations each."""
+    ranks = SimpleNamespace(rank=0, size=4, say=said.append)
+    settings = train.Settings(out_dir=str(out), batch_tokens=1000, seq_len=1000, max_steps=9)
+    mix = Mix({"": SimpleNamespace(per_epoch=9, seq_len=1000)}, [1])
+    return plumbing_metrics.Log(settings, ranks, mix, torch.device(device), 1e6)
 
 
 def test_mfu_is_of_all_devices(monkeypatch, tmp_path):
     """1000 tokens of a million operations each in 2 s are 0.5 Gflop/s, of four devices with 1 Tflop/s each."""
-    monkeypatch.setattr(plumbing_metrics, "peak_flops", lambda device: 1e12)
-    lines = []
-    ranks = SimpleNamespace(rank=0, size=4, say=lines.append)
-    settings = SimpleNamespace(
-        out_dir=str(tmp_path), batch_tokens=1000, repeat_steps=None, log_to="none", log_interval=1, max_steps=9
-    )
-    log = plumbing_metrics.Log(settings, ranks, SimpleNamespace(per_epoch=9, seq_len=1000), None, 1e6)
-    log.timed(2.0)
-    log(1, 5.0, 0.1, 1.0)
-    assert "1 Tflop/s" in lines[0] and "by half" in lines[0]
-    assert values(tmp_path, "tokens_per_second")[1] == 500
-    assert values(tmp_path, "mfu")[1] == pytest.approx(0.5e9 / 4e12)
+    monkeypatch.setattr(plumbing_metrics, "device_name", lambda device: "Abacus")
+    monkeypatch.setattr(plumbing_metrics, "peak_flops", {"Abacus": 1e12}.get)
+    said = []
+    log = log_of(tmp_path, said, "cuda")
+    log(1, 5.0, 0.1, 1.0, 9.0)  # the first step, which may have waited for the compiler, does not count
+    log(2, 5.0, 0.1, 1.0, 2.0)
+    assert "1 Tflop/s" in said[0] and "causal half" in said[0]
+    assert values(tmp_path, "tokens_per_second") == {2: 500}
+    assert values(tmp_path, "mfu")[2] == pytest.approx(0.5e9 / 4e12)
+
+
+def test_lines_that_a_power_cut_left_behind_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff\xfe\x00\n[]\n{"step": 2}\n{"step": 3}\n{"ste')
+    plumbing_metrics.rewind(path, 2)
+    assert path.read_bytes() == b'{"step": 1}\n{"step": 2}\n'
 
 
 def test_a_line_of_metrics_that_cannot_be_written_is_said_and_lost(tmp_path, capsys):
-    ranks = SimpleNamespace(rank=0, size=1)
-    settings = SimpleNamespace(
-        out_dir=str(tmp_path), batch_tokens=1000, repeat_steps=None, log_to="none", log_interval=1, max_steps=9
-    )
-    log = plumbing_metrics.Log(settings, ranks, SimpleNamespace(per_epoch=9, seq_len=1000), torch.device("cpu"), 1e6)
+    log = log_of(tmp_path, [])
     log.path.unlink()
     log.path.mkdir()
     log(1, 5.0, 0.1, 1.0)
@@ -148,34 +136,3 @@ def test_a_line_of_metrics_that_cannot_be_written_is_said_and_lost(tmp_path, cap
     log.path.rmdir()
     log(2, 4.0, 0.1, 1.0)
     assert values(tmp_path, "loss") == {2: 4.0}
-
-
-COUNTED = """
-import runpy, sys
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
-create, exchanges = DistributedDataParallel.__init__, []
-def created(self, *args, **options):
-    create(self, *args, **options)
-    self.register_comm_hook(None, lambda state, bucket: (exchanges.append(1), allreduce_hook(None, bucket))[1])
-DistributedDataParallel.__init__ = created
-sys.argv = sys.argv[1:]
-sys.path.insert(0, "")
-runpy.run_path(sys.argv[0], run_name="__main__")
-print("exchanges", len(exchanges))
-"""
-
-
-def test_ranks_exchange_gradients_once_a_step(data, tmp_path):
-    (tmp_path / "counted.py").write_text(COUNTED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    args = [*SMALL, f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", "--max_steps=3", "--micro_batch=1"]
-    done = subprocess.run(
-        [*launcher, tmp_path / "counted.py", "train.py", *args],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "exchanges 3" in done.stdout  # one bucket; each rank has four micro-batches
