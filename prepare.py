@@ -254,6 +254,8 @@ def main(settings):
     files, default = list_files(settings.source, settings.revision)  # each with name, revision, rows() and count()
     shards = chosen(settings.shards or default, len(files))
     conversations = holds_conversations(files[shards[0]])
+    if settings.system and not conversations:
+        sys.exit(f"--system={settings.system} is for conversations, and {settings.source} has texts.")
     val_fraction, within = how_to_split(settings, files, conversations)
     how = dict(conversations=conversations, val_fraction=val_fraction, within=within)
     parts = partial(parts_of, max_documents=settings.max_documents, **how)

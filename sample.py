@@ -238,6 +238,7 @@ def load(settings):
         folder = find_model(settings.model)
         model = SmolLM2.from_pretrained(folder, sampling_dtype(settings.dtype, device), device)
         tokenizer = read_tokenizer(folder, model.config)
+        tokenizer.encode_special_tokens = True  # despite its name: what people type is text, also if it spells a marker
         if (end_of_text := tokenizer.token_to_id("<|endoftext|>")) is not None:
             model.config.bos_token_id = end_of_text  # begins a document; an Instruct model's config has <|im_start|>
     except ValueError as error:
@@ -251,19 +252,21 @@ def load(settings):
 def stream(writer, tokenizer, ids, settings, generator, trace=None):
     """Yield the continuations of a prompt, given as ids: for each token, a list of the next piece of every sample.
 
-    A character may be split over several tokens: the decoder holds its first bytes back until the last has come, and
+    A sample ends with the token that ends an answer, or a text (the configuration's eos_token_id and bos_token_id). A
+    character may be split over several tokens: the decoder holds its first bytes back until the last has come, and
     the piece is empty. Special tokens are not shown. Raises ValueError if prompt and continuation exceed the model's
     positions.
     """
     ids = ids or [writer.config.bos_token_id]  # an empty prompt begins a document
-    count, end, trace = settings.num_samples, writer.config.eos_token_id, trace or Trace()
+    count, trace = settings.num_samples, trace or Trace()
+    ends = writer.config.eos_token_id, writer.config.bos_token_id
     settings = filled(settings, **CONTINUING)
     how = settings.max_new_tokens, settings.temperature, settings.top_k, settings.top_p
     decoders = [DecodeStream(ids, skip_special_tokens=True) for _ in range(count)]
-    for new in writer.generate(ids, count, *how, end, generator):
+    for new in writer.generate(ids, count, *how, generator=generator):
         tokens = new.tolist()
         pairs = zip(decoders, tokens, strict=True)
-        decoders = [None if token == end else decoder for decoder, token in pairs]  # None: that sample has ended
+        decoders = [None if token in ends else decoder for decoder, token in pairs]  # None: that sample has ended
         trace.add(tokens[0], sum(decoder is not None for decoder in decoders))
         pairs = zip(decoders, tokens, strict=True)
         yield [(decoder.step(tokenizer, token) or "") if decoder else "" for decoder, token in pairs]
@@ -305,28 +308,33 @@ class Trace:
 def chat_format_of(writer, tokenizer, folder, settings):
     """The chat format for a conversation with a model; None where it is to continue a text.
 
-    Raises ValueError if a conversation is asked for, and the model has none.
+    Raises ValueError if a conversation is asked for, also by a system message, and the model has none.
     """
+    asked_for = settings.chat or settings.system is not None
     if settings.chat is False:
+        if asked_for:
+            raise ValueError(f"--system={settings.system} is for a conversation, and --chat=False for a text")
         return None
     try:
         chat_format = ChatML.of(folder, tokenizer)
     except ValueError:
-        if settings.chat:
+        if asked_for:
             raise
         return None
     if settings.system is not None:
         chat_format.system = [{"role": "system", "content": settings.system}] if settings.system else []
-    return chat_format if settings.chat or writer.config.eos_token_id == chat_format.end else None
+    return chat_format if asked_for or writer.config.eos_token_id == chat_format.end else None
 
 
 def answer(writer, tokenizer, chat_format, messages, settings, generator, trace=None):
     """Yield the answer to the last of the messages in pieces. A conversation too long for the model's positions loses
-    its beginning, a question and its answer at a time."""
-    room = writer.config.max_position_embeddings - settings.max_new_tokens
+    its beginning, a question and its answer at a time, until max_new_tokens, or half of the positions, are free."""
+    positions = writer.config.max_position_embeddings
+    room = positions - min(settings.max_new_tokens, positions // 2)
     while len(ids := chat_format.ids(messages)) > room and len(messages) > 2:
         messages = messages[2:]
-    one = filled(dataclasses.replace(settings, num_samples=1), **ANSWERING)
+    length = max(1, min(settings.max_new_tokens, positions - len(ids)))
+    one = filled(dataclasses.replace(settings, num_samples=1, max_new_tokens=length), **ANSWERING)
     yield from (piece for (piece,) in stream(writer, tokenizer, ids, one, generator, trace))
 
 
@@ -344,19 +352,20 @@ def chat(writer, tokenizer, chat_format, first, settings, generator):
             return
         if not typed.strip():
             continue
-        question, text, trace = {"role": "user", "content": typed}, "", Trace()
+        question, text, cut, trace = {"role": "user", "content": typed}, "", False, Trace()
         try:
             for piece in answer(writer, tokenizer, chat_format, [*messages, question], settings, generator, trace):
                 print(piece, end="", flush=True)
                 text += piece
+            cut = trace.ids[-1] not in (writer.config.eos_token_id, writer.config.bos_token_id)
         except KeyboardInterrupt:
             pass
         except ValueError as error:  # the question alone is too long, or logits are NaN
             print(error, file=sys.stderr)
             continue
         print()
-        if len(trace.ids) == settings.max_new_tokens and trace.ids[-1] != writer.config.eos_token_id:
-            print(f"(cut at --max_new_tokens={settings.max_new_tokens})", file=sys.stderr)
+        if cut:
+            print(f"(cut after {len(trace.ids)} tokens, by --max_new_tokens or the model's positions)", file=sys.stderr)
         if settings.stats:
             print(trace, file=sys.stderr)
         print()
@@ -367,7 +376,7 @@ def chat(writer, tokenizer, chat_format, first, settings, generator):
 
 
 def main(settings):
-    prompt = settings.prompt or ""
+    prompt = (settings.prompt or "").encode("utf-8", "replace").decode()  # a terminal may send half a character
     if prompt.startswith("FILE:"):
         try:
             prompt = Path(prompt[5:]).read_text(encoding="utf-8")
@@ -377,9 +386,9 @@ def main(settings):
     generator, trace = torch.Generator(writer.device).manual_seed(settings.seed), Trace()
     try:
         if chat_format := chat_format_of(writer, tokenizer, folder, settings):
+            if settings.num_samples > 1:
+                sys.exit(f"--num_samples={settings.num_samples} is for a text; in a conversation there is one answer.")
             return chat(writer, tokenizer, chat_format, prompt, settings, generator)
-        if settings.system is not None:
-            sys.exit(f"--system={settings.system} is for a conversation: add --chat=True.")
         prompt = "Once upon a time" if settings.prompt is None else prompt
         opening, others = prompt, [""] * (settings.num_samples - 1)
         for first, *rest in stream(writer, tokenizer, tokenizer.encode(prompt).ids, settings, generator, trace):

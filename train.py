@@ -79,7 +79,8 @@ class Settings:
     timeout: Count = 600  # seconds that the processes of a run wait for each other before they give up
     sample_interval: Natural = 100  # steps between samples of text; 0: none
     sample_prompt: str = "Once upon a time"  # what the samples continue, or answer
-    train_on: Literal["answers", "all"] | None = None  # of conversations: only the answers, or all; unset: the answers
+    # Of conversations: only the answers, or all. Unset: the answers, as these are what the model is to write.
+    train_on: Literal["answers", "all"] | None = None
     model: SmolLM2Config = field(default_factory=lambda: FROM_SCRATCH)  # architecture; vocab_size 0: that of the data
 
 
@@ -320,7 +321,8 @@ def main(settings):
         log(step, mean_loss, settings.learning_rate * factor, grad_norm, seconds, **evaluation)
         if ranks.rank == 0 and settings.sample_interval and step % settings.sample_interval == 0:
             prompt = corpus.prompt(settings.sample_prompt)
-            text = prompt + write(model, prompt, 64, 0.8, settings, device, autocast)
+            temperature = 0.2 if corpus.chats else 0.8
+            text = prompt + write(model, prompt, 64, temperature, settings, device, autocast)
             ranks.say(f"\n{corpus.tokenizer.decode(text, skip_special_tokens=not corpus.chats)}\n")
         if step % settings.save_interval == 0 and not (bad_steps.in_a_row or finished or stopping):
             save(step, {"loss": mean_loss} | evaluation)
@@ -336,7 +338,8 @@ def main(settings):
     newest, option = newest_checkpoint(settings.out_dir), shlex.quote(f"--model={settings.out_dir}")
     if step < settings.max_steps:
         ranks.say(f"stopped after step {step} of {settings.max_steps}; --resume=True continues the run")
-    ranks.say(f"{newest} is the last checkpoint; continue a text with python sample.py {option}")
+    to_do = "talk to it" if corpus.chats else "continue a text"
+    ranks.say(f"{newest} is the last checkpoint; {to_do} with python sample.py {option}")
 
 
 if __name__ == "__main__":

@@ -73,6 +73,7 @@ def model_card(config, tensors, settings, corpus, step, metrics):
     used = dataclasses.asdict(settings) | {"model": dataclasses.asdict(config)}
     for name in ("data_dir", "out_dir", "device", "init_from", "resume", "log_to"):
         del used[name]
+    used["train_on"] = (settings.train_on or "answers") if corpus.chats else "all"
     return CARD.format(
         front="\n".join(front),
         name=Path(settings.out_dir).resolve().name,

@@ -31,8 +31,20 @@ TEMPLATE = (
 
 def template(system=""):
     """The chat template of a checkpoint whose conversations begin with this system message where they have none."""
-    words = system.replace("\\", r"\\").replace("\n", r"\n").replace("'", r"\'")
+    words = system.replace("\\", r"\\").replace("\n", r"\n").replace("\r", r"\r").replace("'", r"\'")
     return (SYSTEM.replace("WORDS", words) if system else "") + TEMPLATE
+
+
+def system_of(template):
+    """The message that a template, ours or another, puts first where a conversation has no system message; "" if there
+    is none. The template itself, a program, is never run."""
+    before, after = SYSTEM.split("WORDS")
+    if template.startswith(before) and template.endswith(after + TEMPLATE):
+        found = template[len(before) : -len(after + TEMPLATE)]
+    else:
+        match = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{}]+?)<\|im_end\|>", template)
+        found = match[1] if match and not re.search(r"['\"]\s*[+~]", match[1]) else ""  # a variable is no text
+    return found.encode("ascii", "backslashreplace").decode("unicode-escape", "replace")  # as Jinja reads a string
 
 
 def check_messages(messages):
@@ -79,13 +91,10 @@ class ChatML:
                 f"{folder} has a chat template other than ChatML (<|im_start|>role ... <|im_end|>), the only one that "
                 "is implemented here"
             )
-        # The message that the template puts first where the conversation has no system message. The template itself, a
-        # program, is never run.
-        found = re.search(r"<\|im_start\|>system(?:\\n|\n)([^{}]+?)<\|im_end\|>", str(template))
-        found = None if found and re.search(r"['\"]\s*[+~]", found[1]) else found  # a variable, not a text
-        return cls(tokenizer, found[1].replace("\\n", "\n") if found else "")
+        return cls(tokenizer, system_of(str(template)))
 
     def text(self, words):
+        words = words.encode("utf-8", "replace").decode()  # a terminal may send half a character
         return self.tokenizer.encode(words, add_special_tokens=False).ids
 
     def with_system(self, messages):
@@ -142,7 +151,8 @@ class Answers:
         return starts[(tokens[starts[:, None] + np.arange(len(self.header))] == self.header).all(1)] + len(self.header)
 
     def questions(self, bin, end_of_text, count, longest):
-        """The first conversations of a bin, each up to where its first answer begins: count lists of ids at most."""
+        """The first conversations of a bin, each up to where its first answer begins: count lists of ids at most, none
+        of them longer than longest."""
         tokens, found = np.asarray(bin[: 2**20]), {}
         conversations = np.append(0, np.flatnonzero(tokens == end_of_text) + 1)
         for begin in self.begins(tokens):

@@ -57,6 +57,8 @@ def resume(settings, device, ranks):
     then, now = (
         dict(flatten({name: values.get(name) for name in KEPT})) for values in (state["settings"], vars(settings))
     )
+    for values in (then, now):
+        values["train_on"] = values["train_on"] or "answers"  # the default, written out
     for name in sorted(then.keys() | now.keys()):
         if then.get(name) != now.get(name):
             sys.exit(

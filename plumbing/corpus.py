@@ -237,11 +237,10 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, train_on=None, verify=Fals
         bins = open_bins(folder, own, verify)
         if len(formats := {shard.get("format") for shard in own.values()}) > 1:
             sys.exit(f"{folder} holds texts and conversations: prepare them into two folders, and train on a mix.")
-        answers = Answers(tokenizer) if formats == {"chatml"} and train_on != "all" else None
-        if formats == {"chatml"}:
-            for bin in bins["val"]:
-                questions += Answers(tokenizer).questions(bin, tokenizer.token_to_id("<|endoftext|>"), 8, seq_len)
-        train[folder.name] = Sequences(bins["train"], seq_len, seed, answers)
+        answers = Answers(tokenizer) if formats == {"chatml"} else None
+        for bin in bins["val"] if answers else ():
+            questions += answers.questions(bin, tokenizer.token_to_id("<|endoftext|>"), 8, seq_len)
+        train[folder.name] = Sequences(bins["train"], seq_len, seed, None if train_on == "all" else answers)
         val[folder.name] = validation_sequences(bins["val"], seq_len, int(eval_tokens * share), vocab_size, answers)
         for split, sequences in (("train", train[folder.name].bins), ("val", val[folder.name][0])):
             if not len(sequences):
@@ -251,13 +250,17 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, train_on=None, verify=Fals
                 )
         for name, value in average_baselines(own).items():
             averages[name] += float(share) * value
+    if len(systems := {shard["system"] for shard in shards.values() if "system" in shard}) > 1:
+        sys.exit(f"{data_dir} has conversations with several system messages: {', '.join(map(repr, sorted(systems)))}.")
+    averages = {} if systems else averages  # they count all tokens, and in conversations only answers matter
     mix = Mix(train, list(folders.values()), vocab_size)
     if train_on == "answers" and not any(part.answers for part in train.values()):
         sys.exit(f"--train_on=answers needs conversations, and {data_dir} has texts.")
     val_bytes = {name: count_bytes(tokenizer, tokens[:, 1:], learned[:, 1:]) for name, (tokens, learned) in val.items()}
     if 0 in val_bytes.values():
         sys.exit(
-            f"{data_dir}: the validation side has no answer to evaluate on; raise --eval_tokens or --val_fraction."
+            f"{data_dir}: the validation side has no answer to evaluate on; raise --eval_tokens, or prepare it again "
+            "with a larger --val_fraction, or with conversations in which the assistant answers."
         )
     of_all = shards, mix, val, val_bytes, questions[:8]
     return Corpus(*of_all, tokenizer_file, tokenizer, vocab_size, averages, left_out)

@@ -121,10 +121,11 @@ def announce(ranks, settings, model, dtype, corpus, checkpoint):
         mix = [f"{share:.1%} from {name}, which has {part.per_epoch:,}" for (name, part), share in of_all]
         ranks.say(f"sequences of the mix: {'; '.join(mix)}")
     if corpus.chats and settings.train_on != "all":
-        tokens, learned = corpus.train.batch(0, min(500, per_epoch))
-        tokens, learned = tokens[~learned.all(1)], learned[~learned.all(1)]  # without those of texts, in a mix
+        tokens, learned = corpus.train.batch(0, count := min(500, per_epoch))
+        chats = [corpus.train.parts[corpus.train.find(i)[0]].answers is not None for i in range(count)]
+        tokens, learned = tokens[chats], learned[chats]  # without those of texts, in a mix
         begun = max(1, (learned[:, 1:] & ~learned[:, :-1]).sum())
-        cut = (learned[:, -1] & (tokens[:, -1] != corpus.ends["eos_token_id"])).sum()
+        cut = (learned[:, -1] & ~learned.all(1) & (tokens[:, -1] != corpus.ends["eos_token_id"])).sum()
         ranks.say(f"learned: the answers, {learned.mean():.1%} of the tokens; sequences cut {cut / begun:.1%} of them")
     if checkpoint:
         ranks.say(f"resumed from {checkpoint}; new shards, which are left out: {', '.join(corpus.left_out) or 'none'}")

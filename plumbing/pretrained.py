@@ -193,8 +193,12 @@ def write_model(folder, config, tensors):
     os.makedirs(folder, exist_ok=True)
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     derived = {"initializer_range": config.initial_std, "head_dim": config.head_dim, "torch_dtype": dtype}
-    write_json(f"{folder}/config.json", ARCHITECTURE | dataclasses.asdict(config) | derived)
-    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    ends = {
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "pad_token_id": config.eos_token_id,
+    }
+    write_json(f"{folder}/config.json", ARCHITECTURE | dataclasses.asdict(config) | derived | ends)
     write_json(f"{folder}/generation_config.json", ends)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})

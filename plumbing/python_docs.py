@@ -38,12 +38,12 @@ def python_questions():
     """Conversations: what a public function or class does, in the first sentence of its docstring; and its first
     doctest, where it has one. The form of the question depends on the name."""
     conversations = {}
-    for module, path in source_files():
-        for name, text in docstrings_of(path) if module else ():
-            name = f"{module}.{name}"
+    for root, path in source_files():
+        for inner, text in docstrings_of(path):
+            name = public_name(root, path, inner)
             paragraph = " ".join(text.split("\n\n")[0].split())
             sentence = re.match(r"[A-Z`].{15,200}?\.(?= [A-Z`]|$)", paragraph)
-            if not sentence or re.search(r"\._|\.$", name) or name in conversations:
+            if not name or not sentence or name in conversations:
                 continue
             number = hashlib.sha256(name.encode()).digest()[0] % 3
             question = (f"What does `{name}` do?", f"Explain `{name}`.", f"What is `{name}` for?")[number]
@@ -58,19 +58,37 @@ def python_questions():
 
 
 def source_files():
-    """(public module, path) of each source file of the standard library, numpy and torch. What a private module of the
-    latter two defines, such as numpy._core, is public in the package around it; one of the library is not."""
+    """(folder to import from, path) of each source file of the standard library, numpy and torch."""
     library = Path(sysconfig.get_path("stdlib"))
-    roots = [library, *(Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch"))]
-    skip = {"test", "tests", "site-packages", "dist-packages"}
-    for root in roots:
-        for path in sorted(root.rglob("*.py")):
-            parts = path.relative_to(root).with_suffix("").parts
-            if not skip & {*path.relative_to(root).parts}:
-                package = [] if root == library else [root.name]
-                public = [*itertools.takewhile(lambda part: not part.startswith("_"), parts)]
-                private = root == library and public != [part for part in parts if part != "__init__"]
-                yield "" if private else ".".join(package + public), path
+    packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
+    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    for folder, root in ((library, library), *((package, package.parent) for package in packages)):
+        for path in sorted(folder.rglob("*.py")):
+            if not skip & {*path.relative_to(folder).parts}:
+                yield root, path
+
+
+def public_name(root, path, inner):
+    """The name by which people know what a source file defines as inner, or None. What a private module defines, such
+    as one in numpy._core, is public where a package around it imports it."""
+    module = [part for part in path.relative_to(root).with_suffix("").parts if part != "__init__"]
+    package = [*itertools.takewhile(lambda part: not part.startswith("_"), module)]
+    if package != module:
+        first = {inner.split(".")[0], f"{path.stem}.*"}
+        while package and not first & imports(root.joinpath(*package, "__init__.py")):
+            package.pop()
+        if not package:
+            return None
+    name = ".".join([*package, inner]).replace("posixpath.", "os.path.")
+    return None if re.search(r"\._|\.$|<locals>", name) else name
+
+
+@cache
+def imports(path):
+    """The names that a source file imports from others, and MODULE.* where it imports all of one."""
+    nodes = [node for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.ImportFrom)]
+    names = ((f"{node.module}".split(".")[-1], alias) for node in nodes for alias in node.names)
+    return {f"{module}.*" if alias.name == "*" else alias.asname or alias.name for module, alias in names}
 
 
 def docstrings_of(path):
@@ -85,6 +103,7 @@ def docstrings_of(path):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             name = prefix + getattr(node, "name", "")
             yield name, ast.get_docstring(node) or ""
-            prefix = f"{name}." if name else ""
+            inside = "." if isinstance(node, ast.ClassDef) else ".<locals>."  # as in Python's __qualname__
+            prefix = f"{name}{inside}" if name else ""
         children = [child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr)]
         nodes += [(prefix, child) for child in reversed(children)]

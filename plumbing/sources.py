@@ -59,7 +59,7 @@ def list_files(source, revision=None):
             texts.append(path)
         else:
             left_out.append(path)
-    files.sort(key=lambda file: file.name)
+    files.sort(key=lambda file: train_first(file.name))
     say_what_is_read([file.name for file in files], texts, left_out)
     if texts:
         read = partial(map, partial(text_of, refuse=True), texts)
@@ -96,8 +96,13 @@ def say_what_is_read(tables, texts, left_out):
         say(f"left out, not text in UTF-8: {names}{how}")
 
 
+def train_first(name):
+    """The order of files: by name, those to train on before those to test on."""
+    return "train" not in Path(name).name, name
+
+
 def documents(file, at_most=None):
-    """The texts or conversations of a file, without those that say nothing."""
+    """The texts or conversations of a file, without empty texts."""
     for row in itertools.islice(file.rows(), at_most):
         if isinstance(row, list):
             yield [{"role": message["role"], "content": whole_characters(message["content"])} for message in row]
@@ -117,16 +122,22 @@ def whole_characters(text):
     return text.encode("utf-8", "replace").decode()
 
 
+def is_row(value):
+    """Whether this is a row of a table of documents."""
+    return isinstance(value, dict) and bool(value.keys() & {"text", "messages"})
+
+
 def document_of(row):
     """The text of a row, or its messages; raises ValueError if it has neither."""
-    if not isinstance(row, dict) or not row.keys() & {"text", "messages"}:
+    if not is_row(row):
         raise ValueError("it has neither a text nor messages")
-    if "text" not in row:
-        check_messages(row["messages"])
-        return row["messages"]
-    if not isinstance(row["text"], str | None):
-        raise ValueError(f"a text must be a string, not the {type(row['text']).__name__} {str(row['text'])[:40]}")
-    return row["text"]
+    text, messages = row.get("text"), row.get("messages")
+    if not isinstance(text, str | None):
+        raise ValueError(f"a text must be a string, not the {type(text).__name__} {str(text)[:40]}")
+    if text is None and "messages" in row:
+        check_messages(messages)
+        return messages
+    return text
 
 
 def ahead(iterable, by=2):
@@ -175,13 +186,17 @@ def parquet_rows(name, open_it):
         with hub_errors(name, but=(ValueError, KeyError, ArrowException)), open_it() as file:
             table = ParquetFile(file)
             columns = [column for column in ("text", "messages") if column in table.schema_arrow.names][:1]
+            if not columns:
+                raise ValueError(f"it has {', '.join(table.schema_arrow.names) or 'none'}")
             for batch in table.iter_batches(1000, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
                     yield document_of(row)
     except (ValueError, KeyError, ArrowException) as error:
-        reason, place = (str(error).splitlines() or [""])[0], f", row {number}" if number else ""
-        sys.exit(f"{name}{place}: not a parquet file with a column text or messages ({reason}).")
+        reason = (str(error).splitlines() or [""])[0]
+        if number:
+            sys.exit(f"{name}, row {number} is no document: {reason}.")
+        sys.exit(f"{name} is not a parquet file with a column text or messages: {reason}.")
 
 
 def parquet_count(open_it):
@@ -207,7 +222,7 @@ def jsonl_rows(path):
                 if line.strip():
                     yield document_of(json.loads(line))
             except (ValueError, RecursionError) as error:
-                sys.exit(f"{path}, line {number}: not a JSON object with a field text or messages ({error}).")
+                sys.exit(f"{path}, line {number} is no document: {error}.")
 
 
 def jsonl_count(path):
@@ -217,11 +232,19 @@ def jsonl_count(path):
 
 def json_rows(path):
     """The same of the objects in a JSON file that is a list of them; [] if it is anything else."""
-    with contextlib.suppress(ValueError, RecursionError):
+    try:
         values = json.loads(Path(path).read_bytes())
-        if isinstance(values, list):
-            return [document_of(value) for value in values]
-    return []
+    except (ValueError, RecursionError):
+        return []
+    if not (isinstance(values, list) and values and is_row(values[0])):
+        return []
+    rows = []
+    for value in values:
+        try:
+            rows.append(document_of(value))
+        except ValueError as error:
+            sys.exit(f"{path}, row {len(rows) + 1} is no document: {error}.")
+    return rows
 
 
 def text_of(path, refuse=False):
@@ -255,7 +278,7 @@ def hub_files(source, revision):
         commit = api.dataset_info(repo, revision=revision).sha
         entries = api.list_repo_tree(repo, folder, repo_type="dataset", revision=commit)
         paths = [entry.path for entry in entries if entry.path.endswith(".parquet")]
-    paths.sort(key=lambda path: ("train" not in Path(path).name, path))  # a test file comes after those to train on
+    paths.sort(key=train_first)
     if not paths:
         sys.exit(f"--source={source}: that folder of the hub holds no .parquet file.")
     files = []

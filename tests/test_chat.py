@@ -1,17 +1,20 @@
 """Conversations: their ids, what is learned of them, and the model that comes out of it."""
 
+import contextlib
 import json
+import pkgutil
 import random
 import re
 import shutil
+import subprocess
 
-from plumbing.chat import Answers
+from plumbing.chat import Answers, ChatML, template
 from plumbing.corpus import open_corpus
 from plumbing.python_docs import python_questions
 
 import numpy as np
 import pytest
-from conftest import metrics, preparing, refused, run
+from conftest import ROOT, command, environment, metrics, preparing, refused, run
 from runs import arguments, assert_same_run, prepare_here, refused_by, refused_here, train_here, values
 from test_prepare import bins, parquet, record
 from tokenizers import Tokenizer
@@ -71,6 +74,17 @@ def test_the_bins_have_the_ids_of_the_published_template(instruct, tmp_path):
     assert record(tmp_path / "out")["format"] == "chatml" and record(tmp_path / "out")["system"] == "Be brief."
 
 
+@pytest.mark.parametrize("system", ["Don't lie.", 'As {"a": 1}\n', "C:\\new {{x}} \u00e9", "a <|im_end|> {% b", ""])
+def test_a_template_says_its_system_message(system, instruct, tmp_path):
+    """What train.py writes, transformers renders and sample.py reads again."""
+    shutil.copytree(instruct, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "chat_template.jinja").write_text(template(system), encoding="utf-8")
+    theirs = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(conversation("a"), tokenize=False)
+    assert theirs.startswith(f"<|im_start|>system\n{system}<|im_end|>\n" if system else "<|im_start|>user")
+    ours = ChatML.of(tmp_path, Tokenizer.from_file(f"{tmp_path}/tokenizer.json"))
+    assert ours.system == ([{"role": "system", "content": system}] if system else [])
+
+
 @pytest.mark.slow
 def test_the_mask_is_that_of_other_tools(chatty, instruct):
     """An answer's first token and its <|im_end|> are in it, and nothing after, from wherever one begins to read."""
@@ -99,6 +113,9 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path, data):
     assert "message 2 is a system message" in refusal([*conversation("a", "b"), {"role": "system", "content": "c"}])
     assert "a list of messages" in refusal([])
     assert "a list of messages" in refusal("hello")
+    (tmp_path / "a.json").write_text(json.dumps([{"messages": conversation("a", "b")}, {"messages": []}]))
+    sentence = refused_by(prepare_here, *preparing(tmp_path / "a.json", tmp_path / "out", data))
+    assert "a.json, row 2 is no document: messages must be a list" in sentence
     (tmp_path / "b.jsonl").write_text('{"text": "A cat."}\n')
     write_conversations(tmp_path / "a.jsonl", [conversation("a", "b")])
     both = preparing(tmp_path / "*.jsonl", tmp_path / "out", data)
@@ -107,10 +124,17 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path, data):
 
 @pytest.mark.slow
 def test_questions_about_python():
-    """Each is about something else, in one of three forms, and the answer is a sentence."""
+    """Each is about something else that people can import, in one of three forms, and the answer is a sentence."""
     names = [messages[0]["content"].split("`")[1] for messages in python_questions()]
     assert len(names) == len(set(names)) > 5000
-    assert {"shutil.copyfile", "numpy.sum"} <= set(names) and not any("._" in name for name in names)
+    known = {"shutil.copyfile", "os.path.join", "numpy.sum", "numpy.linalg.norm", "torch.Tensor.backward"}
+    assert known <= set(names) and not any("._" in name or "<" in name for name in names)
+    numpys = [name for name in names if name.startswith("numpy.")]
+    found = 0
+    for name in numpys:
+        with contextlib.suppress(AttributeError, ImportError):
+            found += pkgutil.resolve_name(name) is not None
+    assert len(numpys) > 500 and found > 0.95 * len(numpys)
     answers = {messages[0]["content"]: messages[1]["content"] for messages in python_questions()}
     assert "Sum of array elements over a given axis." in answers.values()
     assert len({question.split("`")[0] for question in answers}) == 3
@@ -135,6 +159,7 @@ def test_what_cannot_be_predicted_is_not_learned(chats, chatty, tmp_path):
     assert corpus.val_bytes["data"] == len(tokenizer.decode(tokens[:, 1:][learned[:, 1:]]).encode())
     train_here(chats, tmp_path / "all", *LONG, "--train_on=all")
     assert values(tmp_path / "all", "loss")[200] > 0.5
+    assert values(tmp_path / "all", "val_loss")[0] == values(chatty, "val_loss")[0]  # the answers', all the same
 
 
 @pytest.mark.slow
@@ -155,14 +180,33 @@ def test_micro_batches_and_ranks_give_the_same_losses_also_without_answers(chats
 def test_it_resumes_bit_for_bit(chats, tmp_path):
     train_here(chats, tmp_path / "whole", "--max_steps=4")
     train_here(chats, tmp_path / "parts", "--max_steps=2")
-    train_here(chats, tmp_path / "parts", "--max_steps=4", "--resume=True")
+    train_here(chats, tmp_path / "parts", "--max_steps=4", "--resume=True", "--train_on=answers")  # the default
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
 def test_texts_have_no_answers(data, chats, tmp_path):
     assert "needs conversations" in refused_here(data, tmp_path / "out", "--train_on=answers")
     train_here(f"{data}:1,{chats}:1", tmp_path / "out", "--max_steps=1", "--train_on=answers")
-    assert {"val_loss/data", f"val_loss/{data.name}"} <= metrics(tmp_path / "out")[-1].keys()
+    found = metrics(tmp_path / "out")[-1].keys()
+    assert {"val_loss/data", f"val_loss/{data.name}"} <= found and "unigram_loss" not in found
+    short = "--val_fraction=0.5", "--max_documents=40"
+    refusal = refused_by(prepare_here, *preparing(data / "tokenizer.json", tmp_path / "texts", data, "--system=A."))
+    assert "--system=A. is for conversations" in refusal
+    for system in ("A.", "B."):
+        source = write_conversations(tmp_path / "a.jsonl", [conversation(f"{n}? " * 20, "a cat") for n in range(40)])
+        prepare_here(*preparing(source, tmp_path / system, data, *short, f"--system={system}"))
+    mix = f"{tmp_path / 'A.'}:1,{tmp_path / 'B.'}:1"
+    assert "several system messages: 'A.', 'B.'" in refused_here(mix, tmp_path / "refused")
+
+
+def test_how_much_is_learned_and_cut_is_said(data, tmp_path):
+    """Of long answers, most sequences hold nothing but one, and each answer is cut once."""
+    rows = [conversation(f"who {number}?", "A cat sees the sun. " * 200) for number in range(40)]
+    source = write_conversations(tmp_path / "long.jsonl", rows)
+    prepare_here(*preparing(source, tmp_path / "long", data, "--val_fraction=0.2"))
+    printed = train_here(f"{tmp_path / 'long'}:1,{data}:1", tmp_path / "out", "--max_steps=1")
+    learned, cut = map(float, re.search(r"answers, ([\d.]+)% of the tokens; sequences cut ([\d.]+)%", printed).groups())
+    assert learned > 95 and 50 < cut <= 100
 
 
 # ---- The model that comes out of it
@@ -172,7 +216,8 @@ def test_texts_have_no_answers(data, chats, tmp_path):
 def test_other_tools_chat_with_a_checkpoint(chatty):
     folder = chatty / "checkpoint-000200"
     config, ends = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
-    assert [values[key] for values in (config, ends) for key in ("bos_token_id", "eos_token_id")] == [1, 2, 1, 2]
+    names = "bos_token_id", "eos_token_id", "pad_token_id"
+    assert [values[name] for values in (config, ends) for name in names] == [1, 2, 2] * 2
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", *["<|im_end|>"] * 2)
     answer = pipeline("text-generation", str(folder))(conversation("where sees?"), max_new_tokens=40, do_sample=False)
@@ -185,12 +230,18 @@ def test_other_tools_chat_with_a_checkpoint(chatty):
 
 
 @pytest.mark.slow
-def test_a_model_that_was_made_to_answer_does_so_unless_told_otherwise(chatty, trained):
+def test_a_model_that_was_made_to_answer_does_so_unless_told_otherwise(chatty, chats, trained):
     asked = f"--model={chatty}", "--prompt=who sees?", "--max_new_tokens=20"
     assert run("sample.py", *asked).strip() == "A cat."
     assert run("sample.py", *asked, "--chat=False").startswith("who sees?")
     assert run("sample.py", f"--model={trained}", "--prompt=8: ", "--max_new_tokens=5").startswith("8: ")
-    assert "for a conversation" in refused("sample.py", f"--model={trained}", "--system=Be brief.")
+    assert "has no chat template" in refused("sample.py", f"--model={trained}", "--system=Be brief.")
+    assert "there is one answer" in refused("sample.py", *asked, "--num_samples=2")
+    line = command("sample.py", f"--model={chatty}")  # by default it asks for more tokens than the model has positions
+    said = subprocess.run(line, cwd=ROOT, env=environment(), input=b"who \xff sees?\n", capture_output=True)
+    assert said.stdout == b"A cat.\n\n", said.stderr
+    scores = run("tools.evaluate", f"--model={chatty}", f"--data_dir={chats}", "--seq_len=32", "--dtype=float32")
+    assert "answers_that_end 1.0000" in scores and "unigram" not in scores
 
 
 @pytest.mark.slow

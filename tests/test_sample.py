@@ -78,9 +78,9 @@ def test_model_by_run_by_checkpoint_and_from_the_hub(trained, hub, write, tmp_pa
 
 
 def test_without_a_prompt_it_begins_a_document(instruct, write):
-    """After <|endoftext|>, also where bos_token_id is another token."""
+    """After <|endoftext|>, and ends with it, also where bos_token_id and eos_token_id are other tokens."""
     theirs = AutoModelForCausalLM.from_pretrained(instruct, dtype=torch.float32)
-    ids = theirs.generate(torch.tensor([[0]]), max_new_tokens=20, do_sample=False)[0]
+    ids = theirs.generate(torch.tensor([[0]]), max_new_tokens=20, do_sample=False, eos_token_id=[0, 2])[0]
     text = AutoTokenizer.from_pretrained(instruct).decode(ids, skip_special_tokens=True)
     assert write("--prompt=", "--chat=False", "--temperature=0", "--dtype=float32", model=instruct) == f"{text}\n"
 
@@ -96,7 +96,7 @@ class Spells:
     def __init__(self, steps):
         self.steps = steps
 
-    def generate(self, *args):
+    def generate(self, *args, **kwargs):
         return (torch.tensor(step) for step in self.steps)
 
 
@@ -179,10 +179,12 @@ def test_a_conversation_has_its_system_message_and_first_question_and_no_empty_o
         assert first == f"{begins}<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n"
         assert second.endswith("<|im_start|>user\n2?<|im_end|>\n<|im_start|>assistant\n")
         seen.clear()
-    assert "--chat=True" in write("--system=Be long.", "--chat=False", model=instruct)
+    assert "and --chat=False for a text" in write("--system=Be long.", "--chat=False", model=instruct)
 
 
-@pytest.mark.parametrize(("token", "said"), [(0, ""), (66, "(cut at --max_new_tokens=2)\n")])
+@pytest.mark.parametrize(
+    ("token", "said"), [(0, ""), (66, "(cut after 2 tokens, by --max_new_tokens or the model's positions)\n")]
+)
 def test_an_answer_that_is_cut_says_so(token, said, tokens, monkeypatch, capsys):
     """And with --stats=True, how fast the tokens after the first were, if there were any."""
     chat_format = SimpleNamespace(ids=lambda messages: [1])

@@ -189,7 +189,8 @@ def build_page(settings):
         """The tokens of a text, once after it was written: its ids are forgotten then."""
         if not ids:
             return gr.skip()
-        ids = [id for id in ids if id != model.config.eos_token_id][: model.config.max_position_embeddings]
+        ends = model.config.eos_token_id, model.config.bos_token_id
+        ids = [id for id in ids if id not in ends][: model.config.max_position_embeddings]
         return [], *TokenView.show(pieces(tokenizer, ids, predictions(model, ids)) if ids else [])
 
     def surprise(model, tokenizer, text):

@@ -198,7 +198,7 @@ def add_scores(folder, scores):
 
 def predict(model, folder, settings, dtype):
     """The loss and bits per byte of the validation side of a data folder, or of each folder of a mix, in words."""
-    of_data = SimpleNamespace(seq_len=min(settings.seq_len, model.config.max_position_embeddings))
+    of_data = SimpleNamespace(seq_len=min(settings.seq_len, model.config.max_position_embeddings), seed=0)
     corpus = open_corpus(settings.data_dir, of_data.seq_len, 0, settings.eval_tokens)
     corpus.check_tokenizer(folder)
     device = model.lm_head.weight.device
