@@ -33,7 +33,7 @@ from plumbing.files import locked, new_folder, rename_whole, say, why
 from plumbing.settings import Count, Fraction, run
 from plumbing.shards import SPLITS, check_made_alike, shard_path, write_shard_json
 from plumbing.sources import ahead, documents, holds_conversations, list_files
-from plumbing.tokens import END_OF_TEXT, baselines, batches, encode, get_tokenizer, vocabulary_size
+from plumbing.tokens import END_OF_TEXT, baselines, batches, encode, get_tokenizer, pieces, vocabulary_size
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -75,7 +75,7 @@ SPECIAL_TOKENS = (
 ).split()  # SmolLM2's, in its order
 
 
-def train_tokenizer(name, texts):
+def train_tokenizer(name, documents):
     """A byte-level BPE by SmolLM2's recipe: single digits, no space added in front, special tokens first. name is
     train:SIZE."""
     size = name.removeprefix("train:")
@@ -94,7 +94,10 @@ def train_tokenizer(name, texts):
         show_progress=False,
     )
     say(f"training a tokenizer of {int(size):,} tokens")
-    tokenizer.train_from_iterator(tqdm(texts, "reading", unit=" texts", leave=False, delay=1, disable=None), trainer)
+    documents = tqdm(documents, "reading", unit=" documents", leave=False, delay=1, disable=None)
+    words = Tokenizer.from_str(tokenizer.to_str())  # a copy, by which huge texts are cut: the other one is busy
+    texts = (text for document in documents for text in contents(document))
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(words, text)), trainer)
     if (found := tokenizer.get_vocab_size()) < int(size):
         sys.exit(f"--tokenizer={name}: the text yields only {found} tokens; ask for train:{found}.")
     return tokenizer
@@ -262,15 +265,12 @@ def main(settings):
 
     def new_tokenizer():  # called for train:SIZE; it reads the training side only
         sides = itertools.chain.from_iterable(parts(files[index]) for index in shards)
-        texts = (text for side, document in sides if side == "train" for text in contents(document))
-        return train_tokenizer(settings.tokenizer, texts)
+        return train_tokenizer(settings.tokenizer, (part for side, part in sides if side == "train"))
 
     with new_folder(settings.data_dir, "data_dir"):
-        tokenizer, tokenizer_sha256 = get_tokenizer(settings.data_dir, settings.tokenizer, new_tokenizer)
-    try:
-        chat = ChatML(tokenizer, settings.system) if conversations else None
-    except ValueError as error:
-        sys.exit(f"--tokenizer={settings.tokenizer}: {error}.")
+        markers = SPECIAL_TOKENS[: 3 if conversations else 1]
+        tokenizer, tokenizer_sha256 = get_tokenizer(settings.data_dir, settings.tokenizer, new_tokenizer, markers)
+    chat = ChatML(tokenizer, settings.system) if conversations else None
     for index in shards:
         origin = {
             "source": settings.source,

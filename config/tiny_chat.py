@@ -1,6 +1,6 @@
 """The model of config/tiny.py, which has to be trained first, learns to answer questions about Python: as long again.
 
-13,000 questions, such as "What does `shutil.copyfile` do?", and the first sentence of the docstring as answer. A model
+9,000 questions, such as "What does `shutil.copyfile` do?", and the first sentence of the docstring as answer. A model
 of this size learns the form, a sentence and then to stop. What it says is mostly wrong.
 """
 

@@ -133,9 +133,12 @@ class Corpus:
     left_out: list  # shards that arrived after the run had begun
 
     def scores(self, totals):
-        """val_loss and val_bpb from the nats and tokens of each folder: of all, and in a mix also of each."""
+        """val_loss and val_bpb from the nats and tokens of each folder: of all, weighted by the shares of a mix, and
+        then also of each."""
         rows = [(*total, size) for total, size in zip(totals, self.val_bytes.values(), strict=True)]
-        sums = {"": tuple(map(sum, zip(*rows, strict=True)))}
+        weights = [share / len(tokens) for share, (tokens, _) in zip(self.train.shares, self.val.values(), strict=True)]
+        weighted = [[float(weight) * number for number in row] for weight, row in zip(weights, rows, strict=True)]
+        sums = {"": tuple(map(sum, zip(*weighted, strict=True)))}
         if len(rows) > 1:
             sums |= {f"/{name}": row for name, row in zip(self.val, rows, strict=True)}
         values = {f"val_loss{name}": nats / tokens for name, (nats, tokens, _) in sums.items()}
@@ -198,9 +201,12 @@ def folders_of(data_dir):
     """{folder: share} of a folder, or of a mix such as data/web:0.8,data/code:0.2, whose shares are made to add up to
     1; exits if it is neither."""
     parts = [re.fullmatch(r"(.+):(\d*\.?\d+)", part) for part in str(data_dir).split(",")]
-    if None in parts:
+    if None in parts and (len(parts) == 1 or Path(data_dir).exists()):
         return {Path(data_dir): Fraction(1)}
-    weights = dict(sorted((Path(part[1].strip()), Fraction(part[2])) for part in parts))  # any order is the same mix
+    if None in parts:
+        sys.exit(f"--data_dir={data_dir}: a mix is written FOLDER:SHARE,FOLDER:SHARE; shares are numbers such as 0.8.")
+    weights = {Path(part[1].strip()): Fraction(part[2]) for part in parts}
+    weights = dict(sorted(weights.items(), key=lambda item: item[0].name))  # in any order, anywhere, the same mix
     if len({folder.name for folder in weights}) < len(parts) or not all(weights.values()):
         sys.exit(f"--data_dir={data_dir}: folders of a mix need different names, and shares above 0.")
     return {folder: weight / sum(weights.values()) for folder, weight in weights.items()}
@@ -216,7 +222,7 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, train_on=None, verify=Fals
     for folder, share in folders.items():
         found = {path.name: read_shard_json(path) for path in sorted(folder.glob("shard-*.json"))}
         if not found:
-            sys.exit(f"{folder} holds no shard-NNNNN.json: run prepare.py with --data_dir={folder} first.")
+            sys.exit(f"{folder} holds no shard-NNNNN.json: run prepare.py first, for the same recipe or --data_dir.")
         if len(folders) > 1:
             found = {f"{folder.name}/{name}": shard | {"share": str(share)} for name, shard in found.items()}
         shards |= found

@@ -61,7 +61,7 @@ def source_files():
     """(folder to import from, path) of each source file of the standard library, numpy and torch."""
     library = Path(sysconfig.get_path("stdlib"))
     packages = [Path(importlib.util.find_spec(name).origin).parent for name in ("numpy", "torch")]
-    skip = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    skip = {"test", "tests", "site-packages", "dist-packages"}
     for folder, root in ((library, library), *((package, package.parent) for package in packages)):
         for path in sorted(folder.rglob("*.py")):
             if not skip & {*path.relative_to(folder).parts}:
@@ -80,7 +80,7 @@ def public_name(root, path, inner):
         if not package:
             return None
     name = ".".join([*package, inner]).replace("posixpath.", "os.path.")
-    return None if re.search(r"\._|\.$|<locals>", name) else name
+    return None if re.search(r"\._|\.$|<locals>|\.idle_test\.", name) else name
 
 
 @cache

@@ -41,6 +41,7 @@ Fraction = Annotated[float, Bound("at least 0 and below 1", lambda value: 0 <= v
 def run(main, section, cls, interrupted=""):
     """Run a script's main with its settings (section None: it takes no recipe). Ctrl-C, and a file that cannot be read
     or written, end it with one sentence, a closed pipe (`| head`) silently."""
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (where it is closed, progress bars need a place to go)
     for stream in (sys.stdout, sys.stderr):  # a console may lack characters that a model writes
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")
@@ -69,14 +70,18 @@ def load_settings(section, cls, argv=None):
     args, hints = list(sys.argv[1:] if argv is None else argv), get_type_hints(cls, include_extras=True)
     about = sys.modules[cls.__module__].__doc__  # the script's own: what it is for, and commands to start from
     parse = partial(tyro.cli, cls, description=about, config=(tyro.conf.FlagConversionOff,), use_underscores=True)
-    settings = cls()
+    recipe = {}
     if section and (files := [arg for arg in args if not arg.startswith("-")]):
         args.remove(files[0])
-        settings = parse(args=recipe_arguments(files[0], section))
+        recipe["default"] = parse(args=recipe_arguments(files[0], section))
     for arg in args:
-        if arg.startswith("--") and arg[2:] in hints:
-            sys.exit(f"{arg} has no value; write {arg}={'True' if hints[arg[2:]] is bool else 'VALUE'}.")
-    settings = parse(args=args, default=settings)
+        if arg.startswith("--") and (hint := hints.get(arg[2:])):
+            sys.exit(f"{arg} has no value; write {arg}={'True' if bool in (hint, *get_args(hint)) else 'VALUE'}.")
+        try:
+            arg.encode()
+        except UnicodeEncodeError:  # bytes of a terminal or file name that are no UTF-8
+            sys.exit(f"{arg!a} is not text in UTF-8.")
+    settings = parse(args=args, **recipe)
     for name, hint in hints.items():
         value = getattr(settings, name)
         for part in (hint, *get_args(hint)):  # Count itself, or the Count of Count | None
@@ -89,7 +94,7 @@ def load_settings(section, cls, argv=None):
 def recipe_arguments(path, section):
     """The section of a recipe as command-line arguments."""
     if not os.path.isfile(path):
-        sys.exit(f"{path} is not a file; recipes are in config/, and settings are written --name=value.")
+        sys.exit(f"{path} is not a recipe, a file of config/; settings are written --name=value: --model={path}, say.")
     try:
         values = runpy.run_path(path)
     except Exception as error:

@@ -53,8 +53,8 @@ def list_files(source, revision=None):
             files.append(File(path, fingerprint(path), partial(jsonl_rows, path), partial(jsonl_count, path)))
         elif kind == ".parquet":
             files.append(parquet_file(path, fingerprint(path), partial(open, path, "rb")))
-        elif kind == ".json" and (rows := json_rows(path)):
-            files.append(File(path, fingerprint(path), partial(json_rows, path), partial(len, rows)))
+        elif kind == ".json" and (count := len(json_rows(path))):
+            files.append(File(path, fingerprint(path), partial(json_rows, path), lambda count=count: count))
         elif text_of(path) is not None:
             texts.append(path)
         else:
@@ -93,7 +93,7 @@ def say_what_is_read(tables, texts, left_out):
         names = ", ".join(left_out[:3]) + (f" and {len(left_out) - 3} more" if len(left_out) > 3 else "")
         tools = sorted({CONVERTERS[kind] for path in left_out if (kind := Path(path).suffix.lower()) in CONVERTERS})
         how = f"; {' and '.join(tools)} can make text of some" if tools else ""
-        say(f"left out, not text in UTF-8: {names}{how}")
+        say(f"left out, not plain text in UTF-8: {names}{how}")
 
 
 def train_first(name):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from plumbing.files import locked, write_whole
+from plumbing.pretrained import newest_checkpoint
 from plumbing.sources import hub_errors
 
 import numpy as np
@@ -18,10 +19,11 @@ END_OF_TEXT = "<|endoftext|>"
 # ---- The tokenizer --------------------------------------------------------------------------------------------------
 
 
-def get_tokenizer(data_dir, name, train):
+def get_tokenizer(data_dir, name, train, markers=(END_OF_TEXT,)):
     """The tokenizer of that name and the sha256 of its tokenizer.json, which is left in data_dir for all its shards.
 
-    For train:SIZE, train() makes one if none is there yet. Exits with one sentence for one that cannot be used.
+    For train:SIZE, train() makes one if none is there yet. Exits with one sentence for one that cannot be used, such as
+    one without the markers that are set between texts, or messages.
     """
     here = Path(data_dir) / "tokenizer.json"
     if name.startswith("train:"):
@@ -30,8 +32,15 @@ def get_tokenizer(data_dir, name, train):
                 if not here.exists():  # it may have been finished just before the lock was free
                     write_whole(here, train().to_str(pretty=True).encode())
         wanted = here.read_bytes()
-    elif os.path.isfile(path := os.path.join(name, "tokenizer.json") if os.path.isdir(name) else name):
-        wanted = Path(path).read_bytes()
+    elif os.path.isdir(name):
+        path = Path(newest_checkpoint(name) or name, "tokenizer.json")
+        if not path.exists():
+            sys.exit(f"--tokenizer={name} has no tokenizer.json.")
+        wanted = path.read_bytes()
+    elif os.path.isfile(name):
+        wanted = Path(name).read_bytes()
+    elif name.startswith(("data/", "out/")):  # where recipes keep theirs; never a name on the hub
+        sys.exit(f"--tokenizer={name} is not here yet: run the recipe first that makes it.")
     else:
         with hub_errors(name, instead="; without a network, --tokenizer=train:4096 makes one from your text"):
             from huggingface_hub import hf_hub_download
@@ -46,8 +55,9 @@ def get_tokenizer(data_dir, name, train):
         sys.exit(f"{here} has {size} tokens, and --tokenizer={name} is another; take another --data_dir.")
     if size > 65_536:
         sys.exit(f"--tokenizer={name} has {size:,} tokens; bins hold 16-bit numbers, so 65,536 at most.")
-    if tokenizer.token_to_id(END_OF_TEXT) is None:
-        sys.exit(f"--tokenizer={name} has no {END_OF_TEXT} to set between documents.")
+    for marker in markers:
+        if tokenizer.token_to_id(marker) is None:
+            sys.exit(f"--tokenizer={name} has no {marker}, which is set between texts, or messages.")
     if not here.exists():
         write_whole(here, wanted)
     if here.read_bytes() != wanted:
@@ -122,8 +132,9 @@ def last_cut(tokenizer, text, around=1000):
 
     Tokens never cross the words of the pre-tokenizer, which goes through a text from left to right. To see where it
     cuts, it is started at eight places in a row near the end. Runs that once cut at the same place do so ever after, so
-    what all agree on is taken for the cuts of the whole text. Its last two words may be longer in what follows. Some
-    tokenizers treat the beginning of a text as something else, which shows when the two sides of a cut are encoded.
+    what all agree on is taken for the cuts of the whole text. (Not so where a word may be as long as a text, such as
+    all between two quotation marks.) Its last two words may be longer in what follows. Some tokenizers treat the
+    beginning of a text as something else, which shows when the two sides of a cut are encoded.
     """
     start = max(0, len(text) - around)
     agreed = set(range(len(text)))

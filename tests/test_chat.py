@@ -31,7 +31,8 @@ def conversation(*contents, system=None):
 
 
 def write_conversations(path, conversations):
-    path.write_text("".join(json.dumps({"messages": messages, "source": "test"}) + "\n" for messages in conversations))
+    rows = ({"messages": messages, "text": None, "source": "test"} for messages in conversations)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -116,7 +117,7 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path, data):
     (tmp_path / "a.json").write_text(json.dumps([{"messages": conversation("a", "b")}, {"messages": []}]))
     sentence = refused_by(prepare_here, *preparing(tmp_path / "a.json", tmp_path / "out", data))
     assert "a.json, row 2 is no document: messages must be a list" in sentence
-    (tmp_path / "b.jsonl").write_text('{"text": "A cat."}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "A cat.", "messages": null}\n')
     write_conversations(tmp_path / "a.jsonl", [conversation("a", "b")])
     both = preparing(tmp_path / "*.jsonl", tmp_path / "out", data)
     assert "both texts and conversations" in refused_by(prepare_here, *both)
@@ -216,8 +217,8 @@ def test_how_much_is_learned_and_cut_is_said(data, tmp_path):
 def test_other_tools_chat_with_a_checkpoint(chatty):
     folder = chatty / "checkpoint-000200"
     config, ends = (json.loads((folder / f"{name}.json").read_text()) for name in ("config", "generation_config"))
-    names = "bos_token_id", "eos_token_id", "pad_token_id"
-    assert [values[name] for values in (config, ends) for name in names] == [1, 2, 2] * 2
+    assert [values[key] for values in (config, ends) for key in ("bos_token_id", "eos_token_id")] == [1, 2, 1, 2]
+    assert ends["pad_token_id"] == 2
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("<|im_start|>", *["<|im_end|>"] * 2)
     answer = pipeline("text-generation", str(folder))(conversation("where sees?"), max_new_tokens=40, do_sample=False)
@@ -237,6 +238,7 @@ def test_a_model_that_was_made_to_answer_does_so_unless_told_otherwise(chatty, c
     assert run("sample.py", f"--model={trained}", "--prompt=8: ", "--max_new_tokens=5").startswith("8: ")
     assert "has no chat template" in refused("sample.py", f"--model={trained}", "--system=Be brief.")
     assert "there is one answer" in refused("sample.py", *asked, "--num_samples=2")
+    assert "write --chat=True" in refused("sample.py", "--chat")
     line = command("sample.py", f"--model={chatty}")  # by default it asks for more tokens than the model has positions
     said = subprocess.run(line, cwd=ROOT, env=environment(), input=b"who \xff sees?\n", capture_output=True)
     assert said.stdout == b"A cat.\n\n", said.stderr

@@ -115,6 +115,9 @@ def test_each_file_is_a_shard_and_the_split_does_not_depend_on_the_files(prepare
     first = {split: documents(some, split, 2) for split in ("train", "val")}
     assert sum(map(len, first.values())) == 17
     assert all(texts == documents(parts, split, 2)[: len(texts)] for split, texts in first.items())
+    (tmp_path / "part0.jsonl").rename(tmp_path / "part-test.jsonl")
+    (tmp_path / "part2.jsonl").rename(tmp_path / "part-train.jsonl")
+    assert record(prepared(tmp_path / "part-*.jsonl", name="named"))["file"].endswith("part-train.jsonl")
 
 
 def test_a_finished_shard_stays_and_a_removed_one_is_made_again(prepared, source, tokenizer, tmp_path):
@@ -184,6 +187,9 @@ def test_bad_files_are_refused_and_nothing_stays(name, content, answer, tmp_path
         ("--source=no/such/*.txt", "no/such"),
         ("--tokenizer=train:9", "from 273"),
         ("--tokenizer=train:x", "train:x"),
+        ("--tokenizer=train:65537", "to 65536"),
+        ("--tokenizer=out/tiny", "run the recipe first"),
+        ("--tokenizer=tests", "tests has no tokenizer.json"),
     ],
 )
 def test_bad_settings_of_prepare(argument, answer, tmp_path, source):

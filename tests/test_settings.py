@@ -81,6 +81,7 @@ def test_recipes_have_the_published_shapes():
         ("--model.hidden=3", ["--model.hidden=3", "--model.hidden_size"]),
         ("--max_steps=many", ["--max_steps", "many"]),
         ("--resume", ["--resume has no value; write --resume=True."]),
+        ("--out_dir=\udcff", ["'--out_dir=\\udcff' is not text in UTF-8."]),
         ("--max_steps", ["--max_steps=VALUE"]),
         ("--max_steps=0", ["--max_steps=0 must be at least 1"]),
         ("--warmup_steps=-1", ["--warmup_steps=-1 must be 0 or above"]),

@@ -113,11 +113,19 @@ def test_a_huge_document_has_the_tokens_that_it_has_in_one_piece(tmp_path, token
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "length"), [("words", 50_000_000), ("chinese", 15_000_000), ("table", 30_000_000)])
-def test_a_huge_document_needs_little_memory(kind, length, tokenizer, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "length", "trained"),
+    [
+        ("words", 50_000_000, ""),
+        ("chinese", 15_000_000, ""),
+        ("table", 30_000_000, ""),
+        ("words", 30_000_000, "train:300"),
+    ],
+)
+def test_a_huge_document_needs_little_memory(kind, length, trained, tokenizer, tmp_path):
     path = tmp_path / "huge.txt"
     path.write_text(text_of(kind, length // 10) * 10)
-    args = preparing(path, tmp_path / "out", tokenizer, "--val_fraction=0")
+    args = preparing(path, tmp_path / "out", trained or tokenizer, "--val_fraction=0")
     # The peak that a process tells of itself: the one its parent is told begins with the parent's own.
     peak = "import atexit; atexit.register(lambda: print(open('/proc/self/status').read()))"
     printed = run("tests/patched.py", peak, "prepare.py", *args)
@@ -144,7 +152,7 @@ def test_a_folder_of_code(tmp_path, tokenizer):
         (code / path).write_bytes(content)
     args = preparing(code, tmp_path / "out", tokenizer, "--val_fraction=0")
     printed = prepare_here(*args)
-    assert f"left out, not text in UTF-8: {code}/latin.txt, {code}/logo.png\n" in printed
+    assert f"left out, not plain text in UTF-8: {code}/latin.txt, {code}/logo.png\n" in printed
     assert "each file is a document: 1 without an ending, 1 .md, 1 .txt, 1 .py, 1 .tex\n" in printed
     texts = ["all:\n\ttrue", "# Naïve", "print('hello')", "\\begin{document}\n"]
     assert documents(tmp_path / "out", "train") == texts
@@ -200,8 +208,8 @@ def test_what_was_read_as_what_is_said(tmp_path, tokenizer):
     args = preparing(folder, tmp_path / "out", tokenizer, "--val_fraction=0")
     printed = prepare_here(*args)
     assert "rows are documents: 1 .json\n" in printed and "each file is a document: 1 .json, 1 .csv\n" in printed
-    left_out = f"left out, not text in UTF-8: {folder}/letter.docx, {folder}/paper.pdf; pandoc and pdftotext can make"
-    assert left_out in printed
+    left_out = f"{folder}/letter.docx, {folder}/paper.pdf; pandoc and pdftotext can make"
+    assert f"left out, not plain text in UTF-8: {left_out}" in printed
     assert [documents(tmp_path / "out", "train", index) for index in (0, 1)] == [
         ["A cat.", "A dog."],
         ['{"a": 1}', "a,b"],
