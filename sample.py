@@ -221,7 +221,9 @@ def recorded(step, device, generator):
             if calls == 2:
                 if generator is not None:
                     graph.register_generator_state(generator)
-                with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+                stream = torch.cuda.Stream()  # PyTorch's own for this is of the device that recorded first
+                # thread_local: other threads may use the device.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     step()  # recorded, not run
             graph.replay()
 
@@ -376,7 +378,7 @@ def chat(writer, tokenizer, chat_format, first, settings, generator):
 
 
 def main(settings):
-    prompt = (settings.prompt or "").encode("utf-8", "replace").decode()  # a terminal may send half a character
+    prompt = settings.prompt or ""
     if prompt.startswith("FILE:"):
         try:
             prompt = Path(prompt[5:]).read_text(encoding="utf-8")

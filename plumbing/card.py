@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 from fractions import Fraction
 from pathlib import Path
@@ -35,10 +36,19 @@ The settings of the run:
 ```
 """
 
-CONTINUES = """It continues texts of the kind it was trained on last; it was not trained to follow instructions, and has
-no chat template."""
+CONTINUES = """It continues texts of the kind it was trained on last. That was not to follow instructions, and it has no
+chat template."""
 ANSWERS = """It answers: it was trained last on conversations, of the kind named below. What it says need not be
 true."""
+
+
+def short_name(model):
+    """What people call a model: its run, or folder, with the step of a checkpoint; or its hub id."""
+    if not os.path.isdir(model) and not os.path.isabs(model):
+        return model
+    path = Path(os.path.abspath(model))
+    step = re.fullmatch(r"checkpoint-(\d+)", path.name)
+    return f"{path.parent.name}, step {int(step[1]):,}" if step else path.name
 
 
 def model_card(config, tensors, settings, corpus, step, metrics):
@@ -46,16 +56,15 @@ def model_card(config, tensors, settings, corpus, step, metrics):
     holds no paths of the machine."""
     shards = corpus.shards
     prompt = json.dumps(settings.sample_prompt, ensure_ascii=False)
+    no_yaml = "[\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff]"  # characters that JSON takes and YAML does not
+    prompt = re.sub(no_yaml, lambda found: f"\\u{ord(found[0]):04x}", prompt)
     front = ["library_name: transformers", "pipeline_tag: text-generation", "widget:", f"- text: {prompt}"]
     repositories = {
         shard["file"]: "/".join(shard["source"].split("/")[:2]) for shard in shards.values() if from_hub(shard)
     }
     front += ["datasets:", *(f"- {name}" for name in sorted(set(repositories.values())))] if repositories else []
-    base, local = settings.init_from, Path(settings.init_from)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", base) and not local.exists():
-        front.append(f"base_model: {base}")
-    else:
-        base = local.resolve().name
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", settings.init_from) and not os.path.exists(settings.init_from):
+        front.append(f"base_model: {settings.init_from}")
     sources = []
     for shard in shards.values():
         of_mix = f", {float(Fraction(shard['share'])):.1%} of the mix" if "share" in shard else ""
@@ -80,7 +89,7 @@ def model_card(config, tensors, settings, corpus, step, metrics):
         purpose=ANSWERS if corpus.chats else CONTINUES,
         call=f'[{{"role": "user", "content": {prompt}}}]' if corpus.chats else prompt,
         written='["generated_text"][-1]["content"]' if corpus.chats else '["generated_text"]',
-        origin="" if settings.init_from == "scratch" else f", from the weights of {base}",
+        origin="" if settings.init_from == "scratch" else f", from the weights of {short_name(settings.init_from)}",
         parameters=sum(tensor.numel() for tensor in tensors.values()),
         rows="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         settings=json.dumps(used, indent=2, ensure_ascii=False),

@@ -16,7 +16,7 @@ from pathlib import Path
 from plumbing.card import model_card
 from plumbing.chat import template
 from plumbing.devices import device_name
-from plumbing.files import AFTERWARDS, hold, make_folder, release, rename_whole, say
+from plumbing.files import AFTERWARDS, hold, make_folder, release, rename_whole, say, why
 from plumbing.pretrained import list_checkpoints, newest_checkpoint, write_json, write_model
 from plumbing.settings import flatten
 from plumbing.shards import identity
@@ -74,6 +74,8 @@ def load_state(checkpoint, device="cpu"):
     path = os.path.join(checkpoint, "trainer_state.pt")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=str(device) != "cpu")
+    except PermissionError as error:
+        sys.exit(why(error))
     except Exception as error:  # whatever a damaged or foreign file sets off inside of the library
         sys.exit(
             f"{path} cannot be read ({type(error).__name__}); to continue from the checkpoint before it, remove "
@@ -116,7 +118,8 @@ class Saver:
     as much as weights and optimizer, 12 bytes per parameter."""
 
     def __init__(self, settings, micro_batch, origin, ranks, corpus, model, optimizers, scaler):
-        # What a resumed run is to know: its micro-batch, and the weights that it began from.
+        # What a resumed run is to know: its micro-batch, and the weights that it began from, wherever it is resumed.
+        origin = os.path.abspath(origin) if os.path.isdir(origin) else origin
         self.settings = dataclasses.replace(settings, micro_batch=micro_batch, init_from=origin)
         self.model, self.optimizers, self.scaler, self.corpus = model, optimizers, scaler, corpus
         self.first, self.thread, self.last = ranks.rank == 0, ThreadPoolExecutor(1), None

@@ -13,7 +13,7 @@ import sysconfig
 from functools import partial
 
 from plumbing import TOO_LATE
-from plumbing.files import say
+from plumbing.files import AFTERWARDS, say
 
 import torch
 
@@ -33,11 +33,13 @@ def set_up_device(name, local_rank=0, deterministic=False, flash_attention_3=Fal
     if deterministic:  # flash attention's backward pass, for one, otherwise adds in no fixed order
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        AFTERWARDS.callback(torch.use_deterministic_algorithms, False)
     if flash_attention_3:
         try:
             torch.nn.attention.activate_flash_attention_impl("FA3")
         except Exception as error:  # no such package, an older PyTorch, another GPU
             sys.exit(f"--flash_attention_3=True cannot be used here: {error}")
+        say("attention is FlashAttention 3's")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

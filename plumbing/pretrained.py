@@ -10,7 +10,6 @@ Weights are safetensors, so no pickle is ever executed.
 
 import dataclasses
 import json
-import math
 import os
 import re
 
@@ -102,15 +101,17 @@ def check_config(config):
     """Raise a ValueError that names the field if the values cannot make a model."""
     for field in dataclasses.fields(config):
         value, least = getattr(config, field.name), 0 if field.name.endswith("_token_id") else 1
-        most = 10_000 if field.name == "num_hidden_layers" else 100_000_000
+        most = 1_000 if field.name == "num_hidden_layers" else 100_000_000
         if field.type is bool:
             fits, wanted = isinstance(value, bool), "true or false"
         elif field.type is int:
             fits, wanted = type(value) is int and least <= value <= most, f"a whole number from {least} to {most}"
         else:
-            fits, wanted = type(value) in (int, float) and 0 < value < math.inf, "a number above 0"
+            fits, wanted = type(value) in (int, float) and 0 < value < 1e30, "a number above 0"
         if not fits and (value is not None or field.name != "initializer_range"):
             raise ValueError(f"{field.name} must be {wanted}, not {value!r}")
+    if config.bos_token_id >= config.vocab_size:
+        raise ValueError(f"bos_token_id {config.bos_token_id} is no token of a vocabulary of {config.vocab_size}")
     C, H, K = config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     if C % (2 * H):
         raise ValueError(f"hidden_size {C} must be a multiple of 2 x num_attention_heads, {2 * H}")
@@ -193,12 +194,10 @@ def write_model(folder, config, tensors):
     os.makedirs(folder, exist_ok=True)
     dtype = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     derived = {"initializer_range": config.initial_std, "head_dim": config.head_dim, "torch_dtype": dtype}
-    ends = {
-        "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id,
-        "pad_token_id": config.eos_token_id,
-    }
-    write_json(f"{folder}/config.json", ARCHITECTURE | dataclasses.asdict(config) | derived | ends)
+    write_json(f"{folder}/config.json", ARCHITECTURE | dataclasses.asdict(config) | derived)
+    ends = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
+    if config.eos_token_id != config.bos_token_id:  # a model that chats; a batch of answers is filled up with this
+        ends["pad_token_id"] = config.eos_token_id
     write_json(f"{folder}/generation_config.json", ends)
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, f"{folder}/model.safetensors", metadata={"format": "pt"})

@@ -20,7 +20,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A model that takes milliseconds a step, on the CPU or on another DEVICE.
 SMALL = (
-    f"--device={os.environ.get('DEVICE', 'cpu')} "
+    f"--device={os.environ.get('DEVICE', 'cpu')} --deterministic={os.environ.get('DEVICE', 'cpu') != 'cpu'} "
     "--seq_len=32 --micro_batch=4 --batch_tokens=256 --warmup_steps=2 --decay_steps=0 --learning_rate=0.01 "
     "--dtype=float32 --compile=False --log_interval=1 --eval_interval=1000 --eval_tokens=640 "
     "--save_interval=1000 --sample_interval=0 --model.hidden_size=32 --model.intermediate_size=64 "

@@ -172,8 +172,14 @@ def on_the_gpu(config, dtype=torch.float32):
 
 
 def training(data, name, major, changes="{}"):
-    """train.main for three steps: where it waits and how often, what it says, on which devices is what it saves."""
-    corpus, saved, said = train.open_corpus(data, 32, 0, 640), [], []
+    """train.main for three steps: where it waits and how often, what it says, where the model goes, on which devices is
+    what it saves."""
+
+    def say(ranks, text):
+        said.append(text)
+        deterministic.add(torch.are_deterministic_algorithms_enabled())
+
+    corpus, saved, said, moved, deterministic = train.open_corpus(data, 32, 0, 640), [], [], [], set()
     with tempfile.TemporaryDirectory() as out, gpu(name, int(major)) as watch:
         settings = train.Settings(
             data_dir=data, out_dir=f"{out}/run", device="cuda", seq_len=32, batch_tokens=256, max_steps=3,
@@ -182,17 +188,19 @@ def training(data, name, major, changes="{}"):
         )  # fmt: skip
         with (
             mock.patch.object(train, "SmolLM2", on_the_gpu),
-            mock.patch.object(torch.nn.Module, "to", lambda module, *args: module),
+            mock.patch.object(torch.nn.Module, "to", lambda module, *args: moved.append(str(args[0])) or module),
             mock.patch.object(train, "open_corpus", return_value=corpus),
             mock.patch.object(checkpoint, "save_checkpoint", lambda *args: saved.append(args) or True),
             mock.patch.object(train, "newest_checkpoint", lambda folder: folder),
-            mock.patch.object(train.Ranks, "say", lambda ranks, text: said.append(text)),
+            mock.patch.object(train.Ranks, "say", say),
             mock.patch("signal.signal"),
         ):
             train.main(settings)
     saves = {tensor.device.type for tensor in tensors(saved)}
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return dict(waits=watch.waits, saves=sorted(saves), said=said, deterministic=deterministic)
+    after = torch.are_deterministic_algorithms_enabled()
+    return dict(
+        waits=watch.waits, saves=sorted(saves), said=said, moved=moved, deterministic=[*deterministic], after=after
+    )
 
 
 def generation(data, name, major, dtype):

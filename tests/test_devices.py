@@ -203,15 +203,32 @@ def test_as_many_as_fit(size, gigabytes, share, limit, sequences, monkeypatch):
     weight, said = SimpleNamespace(device=CUDA, numel=lambda: count_parameters(SIZES[size])), []
     model = SimpleNamespace(config=SIZES[size], lm_head=SimpleNamespace(weight=weight), parameters=lambda: [weight])
 
-    def chosen(other_rank, **settings):
-        ranks = SimpleNamespace(gather=lambda value: [value, other_rank], say=said.append)
+    def chosen(other_rank, previous=None, **settings):
+        ranks = SimpleNamespace(gather=lambda value: [value, value is not True and other_rank], say=said.append)
         settings = Settings(seq_len=2048, **settings)
-        return devices.choose_micro_batch(model, share, settings, BFLOAT16, None, True, None, ranks)
+        return devices.choose_micro_batch(model, share, settings, BFLOAT16, None, True, previous, ranks)
 
     assert chosen(99) == sequences
     assert said[0].startswith(f"micro-batch: {sequences} sequences") and f" of {gigabytes:.1f} GB" in said[0]
     assert chosen(1) == 1  # another rank has less room
     assert chosen(99, micro_batch=7) == 7
+    assert chosen(99, previous=1) == sequences  # resumed, but another rank has another device than before
+
+
+def test_a_share_that_few_micro_batches_divide_is_said():
+    said = []
+    ranks = SimpleNamespace(size=1, say=said.append)
+    assert devices.share_of_step(Settings(seq_len=32, batch_tokens=509 * 32), ranks) == 509
+    assert f"{512 * 32} would leave more choice" in said[0]
+    assert devices.share_of_step(Settings(seq_len=32, batch_tokens=512 * 32), ranks) == 512
+    assert len(said) == 1
+
+
+def test_flash_attention_3_is_said_when_it_is_used(monkeypatch, capsys):
+    used = []
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", used.append)
+    devices.set_up_device("cpu", flash_attention_3=True)
+    assert used == ["FA3"] and "FlashAttention 3" in capsys.readouterr().out
 
 
 def test_one_pass_tries_whether_it_fits(monkeypatch):
@@ -261,9 +278,9 @@ def test_it_is_chosen_said_and_kept(data, tmp_path):
     assert state["settings"]["micro_batch"] == 2
     said, state, path = train(2, micro_batch=None)
     assert "2 sequences per device, as before" in said and state["settings"]["micro_batch"] == 2
-    torch.save(state | {"device": "NVIDIA H100 80GB HBM3"}, path)
+    torch.save(state | {"device": "another"}, path)
     said, state, _ = train(3, micro_batch=None)  # 256 tokens a step, in sequences of 32: all of them
-    assert "8 sequences per device\n" in said and state["settings"]["micro_batch"] == 8
+    assert "8 sequences per device" in said and "as before" not in said and state["settings"]["micro_batch"] == 8
 
 
 def test_files_are_handled_as_windows_asks_and_consoles_need_no_utf_8(corpus, data, tmp_path):

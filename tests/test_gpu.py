@@ -34,8 +34,8 @@ CONFIG = SmolLM2Config(
 @pytest.fixture(scope="session")
 def pretend(data, tmp_path_factory):
     """Run a scenario of nogpu.py, and return what it found."""
-    if not shutil.which("g++") or torch.version.cuda:
-        pytest.skip("a pretended GPU needs g++, and a PyTorch that was built without CUDA")
+    if sys.platform != "linux" or not shutil.which("g++") or torch.version.cuda or torch.version.hip:
+        pytest.skip("a pretended GPU needs Linux, g++, and a PyTorch that was built for CPUs alone")
     torch_folder = Path(importlib.util.find_spec("torch").origin).parent
     library = tmp_path_factory.mktemp("nogpu") / "nogpu.so"
     options = ["-std=c++20", "-shared", "-fPIC", f"-I{torch_folder}/include", f"-L{torch_folder}/lib"]
@@ -53,7 +53,7 @@ def pretend(data, tmp_path_factory):
 @pytest.mark.parametrize(
     ("card", "changes", "dtype", "scaler_waits"),
     [
-        (H100, {}, "bfloat16", False),
+        (H100, {"micro_batch": 4}, "bfloat16", False),
         (H100, {"optimizer": "muon", "recompute_activations": True}, "bfloat16", False),
         (T4, {}, "float16", False),  # the fused AdamW looks for overflows on the device; Muon's scaler asks
         (T4, {"optimizer": "muon"}, "float16", True),
@@ -61,11 +61,12 @@ def pretend(data, tmp_path_factory):
 )
 def test_training_waits_for_the_gpu_once_a_step(card, changes, dtype, scaler_waits, pretend):
     found = pretend("training", *card, json.dumps(changes))
-    waits = {place: count for place, count in found["waits"].items() if place.startswith("train.py")}
+    before = "devices.py: torch.zeros(1, device=device)", "checkpoint.py"  # the device is tried; a save copies all
+    waits = {place: count for place, count in found["waits"].items() if not place.startswith(before)}
     scaler = [waits.pop(place) for place in list(waits) if "scaler.step" in place]
     assert sorted(waits.values()) == [3, 3], waits  # three steps, and the evaluations of steps 0, 2 and 3
     assert bool(scaler) == scaler_waits
-    assert found["saves"] == ["cpu"]
+    assert found["saves"] == ["cpu"] and found["moved"] == ["cuda:0"]
     assert any(f"torch.{dtype} on 1 x cuda" in line for line in found["said"])
 
 
@@ -98,15 +99,17 @@ def test_a_step_is_recorded_and_replayed_on_its_own_device(monkeypatch):
     graph = SimpleNamespace(register_generator_state=lambda generator: None, replay=lambda: seen.append(current[0]))
     monkeypatch.setattr(torch.cuda, "device", on)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: seen.append(f"stream of {current[0]}"))
     monkeypatch.setattr(torch.cuda, "graph", lambda graph, **how: contextlib.nullcontext(seen.append(current[0])))
     step = sample.recorded(lambda: None, torch.device("cuda:1"), torch.Generator())
     for _ in range(3):
         step()
-    assert seen == ["cuda:1"] * 3  # recorded once, replayed twice
+    assert seen == ["stream of cuda:1", *["cuda:1"] * 3]  # recorded once, replayed twice
 
 
 def test_deterministic_training_runs_on_the_pretended_gpu(pretend):
-    assert pretend("training", *H100, '{"deterministic": true}')["deterministic"]
+    found = pretend("training", *H100, '{"deterministic": true}')
+    assert found["deterministic"] == [True] and not found["after"]
 
 
 # ---- A CUDA graph, replayed on the CPU

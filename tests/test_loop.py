@@ -67,7 +67,7 @@ def test_losses_norms_and_weights_are_those_of_a_second_loop(grad_clip, trained,
 STILL = "--learning_rate=1e-30", "--weight_decay=0"
 
 
-@pytest.mark.parametrize("nproc", [0, 2])
+@pytest.mark.parametrize("nproc", [0, pytest.param(2, id="ranks")])
 def test_an_evaluation_is_the_mean_over_its_sequences(nproc, trained, data, tmp_path):
     """Seven sequences in micro-batches of four: the last is filled up, and must not count what it is filled with."""
     args = f"--init_from={trained}", "--max_steps=1", *STILL, "--eval_tokens=224", "--micro_batch=4"

@@ -414,7 +414,8 @@ def test_projections_can_be_hooked_and_replaced(wrapped, model, ids):
     ("field", "value"),
     [("num_key_value_heads", 4), ("num_attention_heads", 5), ("hidden_size", "REMOVE"), ("vocab_size", None),
      ("vocab_size", 10**18), ("num_hidden_layers", 10**8), ("num_hidden_layers", 2.5), ("tie_word_embeddings", 1),
-     ("rms_norm_eps", math.nan), ("hidden_act", "gelu"), ("head_dim", 16), ("rope_parameters", 7),
+     ("rms_norm_eps", math.nan), ("rope_theta", 10**400), ("bos_token_id", 10**7),
+     ("hidden_act", "gelu"), ("head_dim", 16), ("rope_parameters", 7),
      ("rope_parameters", {"rope_type": "yarn", "rope_theta": 1e4}), ("sliding_window", 4096)],
 )  # fmt: skip
 def test_config_json_that_makes_no_such_model_names_the_field(field, value, folder):

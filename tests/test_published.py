@@ -19,8 +19,9 @@ from plumbing.chat import ChatML
 
 import pytest
 import torch
-from conftest import ROOT, command, environment, metrics, run
+from conftest import ROOT, command, environment, finished, metrics, run
 from filelock import FileLock
+from test_chat import conversation, write_conversations
 from test_evaluate import score, stock
 from tokenizers import Tokenizer, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -215,3 +216,20 @@ def test_it_learns_a_text_of_its_own(published, corpus, tmp_path):
     assert [token.item() for token in SmolLM2.from_pretrained(folder).generate(torch.tensor([ids]), 12, 0)] == wanted
     assert re.search(r" (sees|hears|follows) (a mouse|3 bees|the sun)\.", tokenizer.decode(wanted))
     shutil.rmtree(out)  # 2 GB
+
+
+def test_it_still_chats_after_training_on_conversations(published, tmp_path):
+    """And an answer still ends."""
+    rows = [conversation(f"{number}: who hears the sun?", "The old dog.") for number in range(60)]
+    source, out = write_conversations(tmp_path / "a.jsonl", rows), tmp_path / "out"
+    data = f"--data_dir={tmp_path / 'data'}"
+    run("prepare.py", f"--source={source}", data, f"--tokenizer={published}", "--val_fraction=0.1")
+    sizes = "--seq_len=64 --micro_batch=2 --batch_tokens=128 --max_steps=4 --warmup_steps=1 --decay_steps=2"
+    how = "--learning_rate=1e-4 --eval_tokens=128 --sample_interval=0 --compile=False --dtype=float32 --device=cpu"
+    line = f"--init_from={published}", data, f"--out_dir={out}", *sizes.split(), *how.split()
+    run("train.py", *line, OMP_NUM_THREADS=2)
+    asked = "--temperature=0", "--prompt=What is the capital of France?"
+    assert "Paris" in run("sample.py", f"--model={out}", *asked)
+    said = finished(command("sample.py", f"--model={out}", "--temperature=0", "--prompt=70: who hears the sun?"))
+    assert said.stdout == "The old dog.\n\n" and "cut" not in said.stderr
+    shutil.rmtree(out)

@@ -3,8 +3,9 @@
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
-from plumbing.checkpoint import load_state, restore
+from plumbing.checkpoint import Saver, load_state, restore
 from plumbing.files import locked
 
 import pytest
@@ -24,6 +25,19 @@ from runs import (
 
 import train
 from model import SmolLM2
+
+# ---- Several writers
+
+
+def test_only_the_first_rank_removes_old_checkpoints(tmp_path):
+    names = [f"checkpoint-00000{step}" for step in (1, 2, 3)]
+    for name in names:
+        (tmp_path / name).mkdir()
+    for rank, left in ((1, names), (0, names[1:])):
+        ranks, settings = SimpleNamespace(rank=rank), train.Settings(out_dir=str(tmp_path))
+        Saver(settings, 1, "scratch", ranks, None, None, [], None)
+        assert sorted(path.name for path in tmp_path.iterdir()) == left
+
 
 # ---- Power cuts
 

@@ -30,7 +30,7 @@ def test_it_learns_language_and_says_so(trained, data):
     sequences = shard["train"]["tokens"] // 32 - 1
     assert last["tokens"] == 40 * 256 and last["epoch"] == pytest.approx(40 * 8 / sequences)
     assert last["unique_tokens"] == min(last["tokens"], sequences * 32)
-    assert last["mfu"] is None and last["tokens_per_second"] > 0
+    assert last["tokens_per_second"] > 0 and (last["mfu"] is None or last["mfu"] > 0)  # None on a CPU
     assert last["learning_rate"] == 0.01 and last["grad_norm"] > 0
 
 
@@ -183,12 +183,14 @@ def test_init_from_a_model_of_another_tokenizer(trained, words):
     assert "tokenizer.json cannot be read" in refused_here(words, words / "out", f"--init_from={damaged}")
 
 
-def test_a_model_that_chatted_becomes_one_of_documents(instruct, data, tmp_path):
+def test_a_model_that_chatted_becomes_one_of_documents(instruct, data, tmp_path, monkeypatch):
     """It ends texts as its data do, here and in transformers; its card says what it began from, also when resumed."""
     text, out = "3 bees", tmp_path / "run"
     ids = Tokenizer.from_file(str(data / "tokenizer.json")).encode(text).ids
     write_shard(tmp_path, [*ids, 0] * 500, [*ids, 0] * 100, 300, data / "tokenizer.json")
-    args = f"--init_from={instruct}", "--max_steps=30", "--sample_interval=30", f"--sample_prompt={text[0]}"
+    monkeypatch.chdir(instruct.parent.parent)
+    there = f"{instruct.parent.name}/{instruct.name}"  # from here
+    args = f"--init_from={there}", "--max_steps=30", "--sample_interval=30", f"--sample_prompt={text[0]}"
     assert f"\n{text}\n" in train_here(tmp_path, out, *args)
     folder = out / "checkpoint-000030"
     tokenizer, theirs = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
@@ -198,10 +200,11 @@ def test_a_model_that_chatted_becomes_one_of_documents(instruct, data, tmp_path)
     continued = theirs.generate(torch.tensor([ids[:1]]), max_new_tokens=20, do_sample=False)
     assert continued[0].tolist() == [*ids, 0]
     assert run("sample.py", f"--model={out}", f"--prompt={text[0]}", "--max_new_tokens=50") == f"{text}\n"
+    monkeypatch.chdir(tmp_path)
     train_here(tmp_path, out, "--max_steps=31", "--resume=True")
     card = (out / "checkpoint-000031" / "README.md").read_text()
-    assert f"from the weights of {instruct.name}. " in card and str(instruct.parent) not in card
-    assert "not trained to follow instructions" in card
+    assert f"from the weights of {instruct.name}. " in card and instruct.parent.name not in card
+    assert "not to follow instructions" in card
 
 
 def test_the_end_of_text_is_that_of_the_tokenizer(words):
