@@ -316,6 +316,9 @@ def test_names_and_descriptions(trained, tmp_path):
     assert demo.describe(config, tmp_path, None) == says("")
     card.write_text("---\ndatasets: [someone/texts]\nwidget:\n- messages: [{role: user, content: 'Why?'}]\n---\n")
     assert demo.describe(config, tmp_path, None) == says(", trained on someone/texts")
+    card.write_text("---\nbase_model: [someone/model]\n---\nA published one.\n")
+    assert demo.describe(config, tmp_path, None) == says(", from the weights of someone/model")
+    card.write_text("---\ndatasets: [someone/texts]\nwidget:\n- messages: [{role: user, content: 'Why?'}]\n---\n")
     assert demo.sample_prompt(tmp_path) == "Why?"
     mix = "someone/texts, a.parquet at 0123456, 90.0% of the mix<br>b.txt, 10.0% of the mix"
     rows = f"| data | {mix} |\n| tokens trained on | 2,048, in 2 steps |\n"
@@ -334,4 +337,5 @@ def test_what_cannot_be_served(trained, instruct):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"--port={port}" in refused("tools.demo", f"--model={trained}", f"--port={port}")
+        for option in (f"--port={port}", "--port=99999", "--host=192.0.2.1"):
+            assert option in refused("tools.demo", f"--model={trained}", option)

@@ -14,8 +14,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, command, environment, metrics, refused, run
+from conftest import ROOT, command, environment, metrics, preparing, refused, run, sentences, write_jsonl
 from huggingface_hub import ModelCard
+from runs import prepare_here
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -26,7 +27,7 @@ from tools.tasks import TASKS
 CHECKPOINT = "checkpoint-000040"
 
 
-def test_how_well_a_model_predicts_a_text(trained, data, other_data):
+def test_how_well_a_model_predicts_a_text(trained, data, other_data, tmp_path):
     """As training measures it, without training; a text that it was not trained on is harder."""
     last = metrics(trained)[-1]
     alike = "--seq_len=32", "--eval_tokens=640", "--dtype=float32"
@@ -35,6 +36,8 @@ def test_how_well_a_model_predicts_a_text(trained, data, other_data):
     mixed = run("tools.evaluate", f"--model={trained}", f"--data_dir={data}:1,{other_data}:1")
     easy, hard = (float(re.search(rf"val_bpb/{name} ([\d.]+)", mixed)[1]) for name in (data.name, "sums"))
     assert easy < hard
+    prepare_here(*preparing(write_jsonl(tmp_path / "a.jsonl", sentences(3)), tmp_path / "few", data))
+    assert "val_bpb" in run("tools.evaluate", f"--model={trained}", f"--data_dir={tmp_path / 'few'}")  # 128 positions
 
 
 def labelled(*texts, labels="ABCDE", **row):
@@ -276,8 +279,9 @@ def test_every_checkpoint_and_a_limit_and_the_card(tasks, mine):
         assert [first.metric_value, second.metric_value] == [found[task]["accuracy"] for task in ("arc_easy", "piqa")]
     path = mine / CHECKPOINT / "evaluation.json"
     path.write_text(path.read_text().replace(CHECKPOINT, "another"))
-    run("tools.evaluate", f"--model={mine / CHECKPOINT}", "--limit=1", "--tasks=piqa", **tasks.environment)
-    assert list(read(mine / CHECKPOINT)) == ["piqa"]  # not what was found of another model
+    run("tools.evaluate", f"--model={mine / CHECKPOINT}", "--limit=1", "--tasks=piqa, piqa", **tasks.environment)
+    (result,) = read(mine / CHECKPOINT).values()  # not what was found of another model, and nothing twice
+    assert result["questions"] == 1
 
 
 @pytest.mark.slow

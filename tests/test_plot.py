@@ -107,6 +107,7 @@ def test_scores_of_checkpoints_of_conversations_and_of_each_folder_of_a_mix(trai
     for metric, words in (("val_bpb", {"all", "web", "code"}), ("accuracy", {"piqa", "mine", "chance, 50%"})):
         assert {text.get_text() for text in panels[plot.PANELS[metric]].texts} == words
     (own / "checkpoint-000040").rename(own / "checkpoint-1000000")
+    shutil.copytree(own / "checkpoint-000020", own / "checkpoint-000030.tmp")  # what an interrupted removal leaves
     assert plot.read_curves(own)["accuracy/piqa"][0] == [20, 1_000_000]
 
 
@@ -118,6 +119,7 @@ def test_what_cannot_be_drawn(trained, tmp_path):
         with pytest.raises(SystemExit, match=r"metrics\.jsonl cannot be read"):
             plot.read_curves(tmp_path)
     assert "--out" in refused("tools.plot", trained, f"--out={tmp_path / 'no' / 'where.png'}")
+    assert "must end with .png" in refused("tools.plot", trained, f"--out={tmp_path}")
     own = shutil.copytree(trained, tmp_path / "run")
     (own / "checkpoint-000020" / "evaluation.json").write_text("{")
     assert "evaluation.json cannot be read" in refused("tools.plot", own)

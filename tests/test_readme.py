@@ -25,13 +25,13 @@ def blocks(path=ROOT / "README.md", language="sh"):
 
 def test_options_in_the_documentation_exist(monkeypatch):
     monkeypatch.chdir(ROOT)
-    text = "\n".join(block for path in DOCUMENTS for block in blocks(path))
-    script = r"^(?:python|torchrun .*?) (?:-m tools\.)?(prepare|train|sample|demo|evaluate)(?:\.py)? ([^\n&;]*)"
-    commands = re.findall(script, text, re.MULTILINE)
-    assert len(commands) > 10
-    for script, arguments in commands:
-        module = importlib.import_module(f"tools.{script}" if script in ("demo", "evaluate") else script)
-        load_settings(script, module.Settings, shlex.split(arguments, comments=True))
+    text = "\n".join(path.read_text() for path in DOCUMENTS)
+    script = r"(?:^ *|`|&& )(?:python|torchrun [^\n`]*?) (-m tools\.|)([a-z]+)(?:\.py)?((?: [^\s`&]+)*)"
+    commands = [found for found in re.findall(script, text, re.MULTILINE) if found[1] != "model"]
+    assert len(commands) > 30 and len({script for tool, script, _ in commands if tool}) == 6
+    for tool, script, arguments in commands:
+        module = importlib.import_module(f"tools.{script}" if tool else script)
+        load_settings(None if tool else script, module.Settings, shlex.split(arguments))
 
 
 def test_tests_in_the_documentation_exist():
@@ -107,7 +107,7 @@ def test_the_lines_of_python(tmp_path, data, trained):
     smaller = {
         "data/python-docs": data,
         "out/tiny": trained,
-        "out/mine": tmp_path / "out",
+        "out/more": tmp_path / "out",
         "seq_len=256": "seq_len=32",
         "2048, 20, 65_536": "256, 20, 640",
         "sample.Settings()": "sample.Settings(max_new_tokens=9)",

@@ -92,7 +92,7 @@ def test_a_checkpoint_says_what_it_is(checkpoint, trained, data):
 
 
 def test_a_prompt_of_any_characters_is_in_the_card(data, tmp_path):
-    prompt = 'An "elephant" \N{ELEPHANT}'
+    prompt = 'An "elephant" \N{ELEPHANT}, a\x7fb, c\x85d, e\u2028f'
     train_here(data, tmp_path / "run", "--max_steps=1", f"--sample_prompt={prompt}")
     card = ModelCard.load(tmp_path / "run" / "checkpoint-000001" / "README.md")
     assert card.data.widget == [{"text": prompt}]
@@ -170,7 +170,7 @@ def wandb_history(file):
     ],
 )
 def test_an_optional_package_that_is_missing_is_named(module, script, args, tmp_path, trained, data):
-    (tmp_path / f"{module}.py").write_text(f"raise ImportError('No module named {module}')")
+    (tmp_path / f"{module}.py").write_text(f"raise ModuleNotFoundError('No module named {module}', name='{module}')")
     args = arguments(data, tmp_path / "out", *args) if script == "train.py" else args
     sentence = refused(script, *(arg.format(trained=trained) for arg in args), PYTHONPATH=tmp_path)
     assert f"pip install {module}" in sentence and len(sentence.strip().splitlines()) == 1

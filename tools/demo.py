@@ -8,14 +8,15 @@ Everything but the page is sample.py's. Needs `pip install gradio`.
 
 import contextlib
 import math
-import os
 import re
+import socket
 import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from plumbing.card import short_name
 from plumbing.settings import Count, run
 
 import torch
@@ -27,8 +28,10 @@ from model import count_parameters
 
 try:
     import gradio as gr
-except ImportError:
-    sys.exit("tools.demo needs gradio: pip install gradio")
+except ModuleNotFoundError as error:
+    if error.name != "gradio":
+        raise
+    sys.exit("the page needs gradio: pip install gradio")
 
 
 @dataclass
@@ -53,6 +56,7 @@ SENTENCES = "The Eiffel Tower is in Paris. A purple elephant ate it.", "Roses ar
 
 MOST = 12  # bits of the darkest colour
 STYLE = """
+.hide-container { overflow: visible !important }
 .tokens { max-height: 55vh }
 .tokens div.textfield { display: block; line-height: 1.9 }
 .tokens .token-container, .tokens .token { display: inline; margin: 0; padding: 0; font-size: 0; white-space: nowrap }
@@ -284,15 +288,6 @@ def build_page(settings):
     return page
 
 
-def short_name(model):
-    """What the page calls a model: its run, or folder, with the step of a checkpoint; or its hub id."""
-    if not os.path.isdir(model):
-        return model
-    path = Path(os.path.abspath(model))
-    step = re.fullmatch(r"checkpoint-(\d+)", path.name)
-    return f"{path.parent.name}, step {int(step[1]):,}" if step else path.name
-
-
 def read_card(folder):
     """The metadata and the text of a model's card; both empty where it has none."""
     from huggingface_hub import ModelCard
@@ -315,6 +310,8 @@ def describe(config, folder, chats):
     metadata, text = read_card(folder)
     patterns = r", from the weights of (.+)\. It ", r"^\| data \| (.+) \|$", r"^\| tokens trained on \| (.+), in"
     base, data, tokens = ("".join(re.findall(pattern, text, re.MULTILINE)[:1]) for pattern in patterns)
+    published = metadata.get("base_model") or ""  # of one that was not made here
+    base = base or (published if isinstance(published, str) else ", ".join(map(str, published)))
     sources = data.split("<br>") if data else metadata.get("datasets") or []
     sources = [sources] if isinstance(sources, str) else sources
     data = ", ".join(dict.fromkeys(source.split(",")[0] for source in sources))  # not which files, and how much of each
@@ -335,15 +332,17 @@ def as_text(content):
 
 
 def main(settings):
+    host, port = settings.host or "127.0.0.1", settings.port or 0  # 0: any
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except (OSError, OverflowError):
+        sys.exit(f"--port={port} is taken or none, or --host={host} is not this machine; choose another.")
     page = build_page(settings)
     # One text at a time: the next one waits its turn, and sees its place. More than 20 are turned away.
     page.queue(max_size=20, default_concurrency_limit=1)
     font = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # its 600, the default, has no Latin letters
     theme = gr.themes.Default(font=[font, "system-ui", "sans-serif"])
-    try:
-        page.launch(server_name=settings.host, server_port=settings.port, footer_links=[], css=STYLE, theme=theme)
-    except OSError:
-        sys.exit(f"--port={settings.port} is taken, or --host={settings.host} is none of this machine; choose another.")
+    page.launch(server_name=settings.host, server_port=settings.port, footer_links=[], css=STYLE, theme=theme)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from plumbing.corpus import open_corpus
+from plumbing.corpus import folders_of, open_corpus
 from plumbing.devices import set_up_device, training_dtype
 from plumbing.files import write_whole
 from plumbing.pretrained import find_model, list_checkpoints, read_json, read_tokenizer
 from plumbing.ranks import Ranks
 from plumbing.settings import Count, run
+from plumbing.shards import read_shard_json
 
 import torch
 from tqdm import tqdm
@@ -198,7 +199,8 @@ def add_scores(folder, scores):
 
 def predict(model, folder, settings, dtype):
     """The loss and bits per byte of the validation side of a data folder, or of each folder of a mix, in words."""
-    of_data = SimpleNamespace(seq_len=min(settings.seq_len, model.config.max_position_embeddings), seed=0)
+    seq_len = min(settings.seq_len, model.config.max_position_embeddings, longest_sequence(settings.data_dir))
+    of_data = SimpleNamespace(seq_len=seq_len, seed=0)
     corpus = open_corpus(settings.data_dir, of_data.seq_len, 0, settings.eval_tokens)
     corpus.check_tokenizer(folder)
     device = model.lm_head.weight.device
@@ -206,6 +208,13 @@ def predict(model, folder, settings, dtype):
     with torch.inference_mode():
         scores = train.evaluate(model, corpus, of_data, 1, Ranks(timeout=600), device, autocast)
     return " | ".join(f"{name} {value:.4f}" for name, value in scores.items())
+
+
+def longest_sequence(data_dir):
+    """The longest sequence that the validation sides of all folders allow."""
+    shards = [[read_shard_json(path) for path in folder.glob("shard-*.json")] for folder in folders_of(data_dir)]
+    longest = (max((shard["val"]["tokens"] for shard in of_folder), default=0) for of_folder in shards)
+    return max(1, min(longest) - 1)
 
 
 # ---- The command ----------------------------------------------------------------------------------------------------
@@ -225,7 +234,8 @@ def table(results):
 
 
 def main(settings):
-    names = list(TASKS) if settings.tasks == "all" else settings.tasks.split(",")
+    names = list(TASKS) if settings.tasks == "all" else [name.strip() for name in settings.tasks.split(",")]
+    names = list(dict.fromkeys(names))  # each once
     for name in names:
         if name not in TASKS:
             sys.exit(f"--tasks={settings.tasks}: {name} is none of {', '.join(TASKS)}.")
@@ -261,7 +271,8 @@ def main(settings):
         results = {name: result for name in names if (result := summary(answers[name]))}
         of = {"model": Path(folder).resolve().name if local else settings.model, "dtype": str(dtype)}
         same = all(before.get(name) == value for name, value in of.items())  # what was found before stays
-        content = of | {"tasks": (before.get("tasks", {}) if same else {}) | results}
+        kept = before.get("tasks") if same else None
+        content = of | {"tasks": (kept if isinstance(kept, dict) else {}) | results}
         print(f"{folder if settings.all_checkpoints else settings.model}\n{table(results)}\n", flush=True)
         write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
         if local:

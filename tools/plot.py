@@ -14,6 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+from plumbing.files import say
+from plumbing.pretrained import list_checkpoints
+from plumbing.settings import run
+
 import tyro
 
 
@@ -21,7 +25,7 @@ import tyro
 class Settings:
     """Draw the curves of runs."""
 
-    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]]  # out_dir of each
+    runs: tyro.conf.Positional[Annotated[tuple[str, ...], tyro.conf.arg(metavar="RUN [RUN ...]")]] = ()  # their out_dir
     out: str = "curves.png"  # picture to write: .png, .svg or .pdf
     all: bool = False  # all that was measured, not only loss and bits per byte
 
@@ -48,7 +52,8 @@ def read_curves(run):
     curves, path = {}, Path(run) / "metrics.jsonl"
     try:
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        for path in Path(run).glob("checkpoint-*/evaluation.json"):
+        evaluations = (Path(checkpoint, "evaluation.json") for checkpoint in list_checkpoints(run))
+        for path in filter(Path.exists, evaluations):
             rows.append({"step": int(path.parent.name[11:])})
             for task, result in json.loads(path.read_text())["tasks"].items():
                 rows[-1][f"accuracy/{task}"] = 100 * result["accuracy"]
@@ -60,7 +65,7 @@ def read_curves(run):
                     steps.append(row["step"])
                     values.append(value)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        sys.exit(f"{path} cannot be read: {getattr(error, 'strerror', None) or repr(error)}")
+        sys.exit(f"{path} cannot be read: {getattr(error, 'strerror', None) or f'{type(error).__name__}, {error}'}")
     if not curves.keys() >= {"loss", "tokens"}:
         sys.exit(f"{Path(run) / 'metrics.jsonl'} has no step of training yet.")
     return curves
@@ -167,7 +172,9 @@ def draw(names, curves_of, everything=False):
     shown = [metric for metric in (PANELS if everything else SHORT) if metric in parts]
     rows, columns = math.ceil(len(shown) / 2), min(2, len(shown))
     figure = Figure(figsize=(9, 3.3 * rows + 0.2 * len(names)), dpi=150, layout="constrained")
-    axes = {metric: figure.add_subplot(rows, columns, place) for place, metric in enumerate(shown, 1)}
+    axes = {}
+    for place, metric in enumerate(shown, 1):
+        axes[metric] = figure.add_subplot(rows, columns, place, sharex=axes.get("loss"))
     for metric, labels in levels.items():
         for value in labels.values():
             axes[metric].axhline(value, **DOTTED)
@@ -194,13 +201,15 @@ def main(settings):
         sys.exit("tools.plot needs matplotlib: pip install matplotlib")
     if not settings.runs:
         sys.exit("tools.plot draws the runs that it is given: python -m tools.plot out/tiny")
+    if Path(settings.out).suffix not in (".png", ".svg", ".pdf"):
+        sys.exit(f"--out={settings.out} must end with .png, .svg or .pdf.")
     figure = draw(names_of(settings.runs), list(map(read_curves, settings.runs)), settings.all)
     try:
         figure.savefig(settings.out)
     except (OSError, ValueError) as error:
         sys.exit(f"--out={settings.out} cannot be written: {error}")
-    print(f"wrote {settings.out}")
+    say(f"wrote {settings.out}")
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Settings, description=__doc__, config=(tyro.conf.FlagConversionOff,), use_underscores=True))
+    run(main, None, Settings)

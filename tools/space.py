@@ -19,13 +19,13 @@ from importlib.metadata import version
 from modulefinder import ModuleFinder
 from pathlib import Path
 
+from plumbing.card import short_name
 from plumbing.pretrained import find_model, read_config, read_tokenizer, weight_files
 from plumbing.settings import run
 
 import tyro
 
 from model import SmolLM2, SmolLM2Config
-from tools.demo import short_name
 
 
 @dataclass
@@ -110,9 +110,8 @@ def main(settings):
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     name = re.sub(r"[^A-Za-z0-9]+", "-", name.split("/")[-1]).strip("-") or "smollm2"
-    print(f"made {settings.to}. To upload it, as NAME on the hub:\n")
-    print(f"hf repos create NAME/{name} --type=space --space-sdk=gradio")
-    print(f"hf upload NAME/{name} {shlex.quote(settings.to)} . --type=space")
+    print(f"made {settings.to}. This uploads it, as NAME on the hub:\n")
+    print(f"hf upload NAME/{name} {shlex.quote(settings.to)} . --repo-type=space")
 
 
 if __name__ == "__main__":
