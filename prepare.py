@@ -95,9 +95,9 @@ def train_tokenizer(name, documents):
     )
     say(f"training a tokenizer of {int(size):,} tokens")
     documents = tqdm(documents, "reading", unit=" documents", leave=False, delay=1, disable=None)
-    words = Tokenizer.from_str(tokenizer.to_str())  # a copy, by which huge texts are cut: the other one is busy
+    copy = Tokenizer.from_str(tokenizer.to_str())  # says where huge texts can be cut; the original is locked meanwhile
     texts = (text for document in documents for text in contents(document))
-    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(words, text)), trainer)
+    tokenizer.train_from_iterator((piece for text in texts for piece in pieces(copy, text)), trainer)
     if (found := tokenizer.get_vocab_size()) < int(size):
         sys.exit(f"--tokenizer={name}: the text yields only {found} tokens; ask for train:{found}.")
     return tokenizer
@@ -268,7 +268,7 @@ def main(settings):
         return train_tokenizer(settings.tokenizer, (part for side, part in sides if side == "train"))
 
     with new_folder(settings.data_dir, "data_dir"):
-        markers = SPECIAL_TOKENS[: 3 if conversations else 1]
+        markers = SPECIAL_TOKENS[: 3 if conversations else 1]  # which the tokenizer must have
         tokenizer, tokenizer_sha256 = get_tokenizer(settings.data_dir, settings.tokenizer, new_tokenizer, markers)
     chat = ChatML(tokenizer, settings.system) if conversations else None
     for index in shards:

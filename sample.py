@@ -273,6 +273,7 @@ def stream(writer, tokenizer, ids, settings, generator, trace=None):
         pairs = zip(decoders, tokens, strict=True)
         yield [(decoder.step(tokenizer, token) or "") if decoder else "" for decoder, token in pairs]
         if not any(decoders):
+            trace.ended = True
             return
 
 
@@ -287,6 +288,7 @@ class Trace:
 
     def __init__(self):
         self.ids, self.counted, self.start, self.first = [], 0, time.perf_counter(), None
+        self.ended = False  # by tokens that end a text, not by a limit
 
     def add(self, token, count):
         self.last = time.perf_counter()
@@ -312,11 +314,11 @@ def chat_format_of(writer, tokenizer, folder, settings):
 
     Raises ValueError if a conversation is asked for, also by a system message, and the model has none.
     """
-    asked_for = settings.chat or settings.system is not None
+    if settings.chat is False and settings.system is not None:
+        raise ValueError(f"--system={settings.system} is for a conversation, and --chat=False for a text")
     if settings.chat is False:
-        if asked_for:
-            raise ValueError(f"--system={settings.system} is for a conversation, and --chat=False for a text")
         return None
+    asked_for = settings.chat or settings.system is not None
     try:
         chat_format = ChatML.of(folder, tokenizer)
     except ValueError:
@@ -359,7 +361,7 @@ def chat(writer, tokenizer, chat_format, first, settings, generator):
             for piece in answer(writer, tokenizer, chat_format, [*messages, question], settings, generator, trace):
                 print(piece, end="", flush=True)
                 text += piece
-            cut = trace.ids[-1] not in (writer.config.eos_token_id, writer.config.bos_token_id)
+            cut = not trace.ended
         except KeyboardInterrupt:
             pass
         except ValueError as error:  # the question alone is too long, or logits are NaN

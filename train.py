@@ -321,7 +321,7 @@ def main(settings):
         log(step, mean_loss, settings.learning_rate * factor, grad_norm, seconds, **evaluation)
         if ranks.rank == 0 and settings.sample_interval and step % settings.sample_interval == 0:
             prompt = corpus.prompt(settings.sample_prompt)
-            temperature = 0.2 if corpus.chats else 0.8
+            temperature = 0.2 if corpus.chats else 0.8  # as in sample.py
             text = prompt + write(model, prompt, 64, temperature, settings, device, autocast)
             ranks.say(f"\n{corpus.tokenizer.decode(text, skip_special_tokens=not corpus.chats)}\n")
         if step % settings.save_interval == 0 and not (bad_steps.in_a_row or finished or stopping):

@@ -36,8 +36,8 @@ The settings of the run:
 ```
 """
 
-CONTINUES = """It continues texts of the kind it was trained on last. That was not to follow instructions, and it has no
-chat template."""
+CONTINUES = """It continues texts of the kind it was trained on last. They did not teach it to follow instructions,
+and it has no chat template."""
 ANSWERS = """It answers: it was trained last on conversations, of the kind named below. What it says need not be
 true."""
 

@@ -222,7 +222,7 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, train_on=None, verify=Fals
     for folder, share in folders.items():
         found = {path.name: read_shard_json(path) for path in sorted(folder.glob("shard-*.json"))}
         if not found:
-            sys.exit(f"{folder} holds no shard-NNNNN.json: run prepare.py first, for the same recipe or --data_dir.")
+            sys.exit(f"{folder} holds no shard-NNNNN.json: first run prepare.py with the same recipe or --data_dir.")
         if len(folders) > 1:
             found = {f"{folder.name}/{name}": shard | {"share": str(share)} for name, shard in found.items()}
         shards |= found
@@ -257,7 +257,8 @@ def open_corpus(data_dir, seq_len, seed, eval_tokens, train_on=None, verify=Fals
         for name, value in average_baselines(own).items():
             averages[name] += float(share) * value
     if len(systems := {shard["system"] for shard in shards.values() if "system" in shard}) > 1:
-        sys.exit(f"{data_dir} has conversations with several system messages: {', '.join(map(repr, sorted(systems)))}.")
+        several = " and ".join(map(repr, sorted(systems)))
+        sys.exit(f"{data_dir} has conversations prepared with --system {several}: prepare them with the same.")
     averages = {} if systems else averages  # they count all tokens, and in conversations only answers matter
     mix = Mix(train, list(folders.values()), vocab_size)
     if train_on == "answers" and not any(part.answers for part in train.values()):

@@ -39,7 +39,7 @@ def set_up_device(name, local_rank=0, deterministic=False, flash_attention_3=Fal
             torch.nn.attention.activate_flash_attention_impl("FA3")
         except Exception as error:  # no such package, an older PyTorch, another GPU
             sys.exit(f"--flash_attention_3=True cannot be used here: {error}")
-        say("attention is FlashAttention 3's")
+        say("using FlashAttention 3")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 from plumbing.checkpoint import claim
+from plumbing.corpus import Mix
 from plumbing.devices import device_name, peak_flops
 from plumbing.files import say, write_whole
 from plumbing.pretrained import newest_checkpoint
@@ -120,10 +121,8 @@ def announce(ranks, settings, model, dtype, corpus, checkpoint):
         of_all = zip(parts.items(), map(float, corpus.train.shares), strict=True)
         mix = [f"{share:.1%} from {name}, which has {part.per_epoch:,}" for (name, part), share in of_all]
         ranks.say(f"sequences of the mix: {'; '.join(mix)}")
-    if corpus.chats and settings.train_on != "all":
-        tokens, learned = corpus.train.batch(0, count := min(500, per_epoch))
-        chats = [corpus.train.parts[corpus.train.find(i)[0]].answers is not None for i in range(count)]
-        tokens, learned = tokens[chats], learned[chats]  # without those of texts, in a mix
+    for part in (part for part in parts.values() if part.answers):
+        tokens, learned = Mix({"": part}, [1]).batch(0, min(500, part.per_epoch))
         begun = max(1, (learned[:, 1:] & ~learned[:, :-1]).sum())
         cut = (learned[:, -1] & ~learned.all(1) & (tokens[:, -1] != corpus.ends["eos_token_id"])).sum()
         ranks.say(f"learned: the answers, {learned.mean():.1%} of the tokens; sequences cut {cut / begun:.1%} of them")

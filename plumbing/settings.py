@@ -94,7 +94,7 @@ def load_settings(section, cls, argv=None):
 def recipe_arguments(path, section):
     """The section of a recipe as command-line arguments."""
     if not os.path.isfile(path):
-        sys.exit(f"{path} is not a recipe, a file of config/; settings are written --name=value: --model={path}, say.")
+        sys.exit(f"{path} is not a recipe, a file in config/. A setting is written --name=value, as in --model={path}.")
     try:
         values = runpy.run_path(path)
     except Exception as error:

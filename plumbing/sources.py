@@ -187,7 +187,7 @@ def parquet_rows(name, open_it):
             table = ParquetFile(file)
             columns = [column for column in ("text", "messages") if column in table.schema_arrow.names][:1]
             if not columns:
-                raise ValueError(f"it has {', '.join(table.schema_arrow.names) or 'none'}")
+                raise ValueError(f"its columns are {', '.join(table.schema_arrow.names)}")
             for batch in table.iter_batches(1000, columns=columns):
                 for row in batch.to_pylist():
                     number += 1
@@ -195,7 +195,7 @@ def parquet_rows(name, open_it):
     except (ValueError, KeyError, ArrowException) as error:
         reason = (str(error).splitlines() or [""])[0]
         if number:
-            sys.exit(f"{name}, row {number} is no document: {reason}.")
+            sys.exit(f"{name}, row {number} is not a document: {reason}.")
         sys.exit(f"{name} is not a parquet file with a column text or messages: {reason}.")
 
 
@@ -222,7 +222,7 @@ def jsonl_rows(path):
                 if line.strip():
                     yield document_of(json.loads(line))
             except (ValueError, RecursionError) as error:
-                sys.exit(f"{path}, line {number} is no document: {error}.")
+                sys.exit(f"{path}, line {number} is not a document: {error}.")
 
 
 def jsonl_count(path):
@@ -243,7 +243,7 @@ def json_rows(path):
         try:
             rows.append(document_of(value))
         except ValueError as error:
-            sys.exit(f"{path}, row {len(rows) + 1} is no document: {error}.")
+            sys.exit(f"{path}, row {len(rows) + 1} is not a document: {error}.")
     return rows
 
 

@@ -23,7 +23,7 @@ def get_tokenizer(data_dir, name, train, markers=(END_OF_TEXT,)):
     """The tokenizer of that name and the sha256 of its tokenizer.json, which is left in data_dir for all its shards.
 
     For train:SIZE, train() makes one if none is there yet. Exits with one sentence for one that cannot be used, such as
-    one without the markers that are set between texts, or messages.
+    one without the markers of texts, or of messages.
     """
     here = Path(data_dir) / "tokenizer.json"
     if name.startswith("train:"):
@@ -40,7 +40,7 @@ def get_tokenizer(data_dir, name, train, markers=(END_OF_TEXT,)):
     elif os.path.isfile(name):
         wanted = Path(name).read_bytes()
     elif name.startswith(("data/", "out/")):  # where recipes keep theirs; never a name on the hub
-        sys.exit(f"--tokenizer={name} is not here yet: run the recipe first that makes it.")
+        sys.exit(f"--tokenizer={name} is not here yet: first run the recipe that makes it.")
     else:
         with hub_errors(name, instead="; without a network, --tokenizer=train:4096 makes one from your text"):
             from huggingface_hub import hf_hub_download
@@ -57,7 +57,7 @@ def get_tokenizer(data_dir, name, train, markers=(END_OF_TEXT,)):
         sys.exit(f"--tokenizer={name} has {size:,} tokens; bins hold 16-bit numbers, so 65,536 at most.")
     for marker in markers:
         if tokenizer.token_to_id(marker) is None:
-            sys.exit(f"--tokenizer={name} has no {marker}, which is set between texts, or messages.")
+            sys.exit(f"--tokenizer={name} has no {marker}, which marks where texts, or messages, end.")
     if not here.exists():
         write_whole(here, wanted)
     if here.read_bytes() != wanted:

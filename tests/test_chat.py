@@ -116,7 +116,7 @@ def test_a_row_that_is_no_conversation_is_refused(tmp_path, data):
     assert "a list of messages" in refusal("hello")
     (tmp_path / "a.json").write_text(json.dumps([{"messages": conversation("a", "b")}, {"messages": []}]))
     sentence = refused_by(prepare_here, *preparing(tmp_path / "a.json", tmp_path / "out", data))
-    assert "a.json, row 2 is no document: messages must be a list" in sentence
+    assert "a.json, row 2 is not a document: messages must be a list" in sentence
     (tmp_path / "b.jsonl").write_text('{"text": "A cat.", "messages": null}\n')
     write_conversations(tmp_path / "a.jsonl", [conversation("a", "b")])
     both = preparing(tmp_path / "*.jsonl", tmp_path / "out", data)
@@ -197,7 +197,7 @@ def test_texts_have_no_answers(data, chats, tmp_path):
         source = write_conversations(tmp_path / "a.jsonl", [conversation(f"{n}? " * 20, "a cat") for n in range(40)])
         prepare_here(*preparing(source, tmp_path / system, data, *short, f"--system={system}"))
     mix = f"{tmp_path / 'A.'}:1,{tmp_path / 'B.'}:1"
-    assert "several system messages: 'A.', 'B.'" in refused_here(mix, tmp_path / "refused")
+    assert "prepared with --system 'A.' and 'B.'" in refused_here(mix, tmp_path / "refused")
 
 
 def test_how_much_is_learned_and_cut_is_said(data, tmp_path):

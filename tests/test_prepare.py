@@ -188,7 +188,7 @@ def test_bad_files_are_refused_and_nothing_stays(name, content, answer, tmp_path
         ("--tokenizer=train:9", "from 273"),
         ("--tokenizer=train:x", "train:x"),
         ("--tokenizer=train:65537", "to 65536"),
-        ("--tokenizer=out/nowhere", "run the recipe first"),
+        ("--tokenizer=out/nowhere", "first run the recipe"),
         ("--tokenizer=tests", "tests has no tokenizer.json"),
     ],
 )

@@ -204,7 +204,7 @@ def test_a_model_that_chatted_becomes_one_of_documents(instruct, data, tmp_path,
     train_here(tmp_path, out, "--max_steps=31", "--resume=True")
     card = (out / "checkpoint-000031" / "README.md").read_text()
     assert f"from the weights of {instruct.name}. " in card and instruct.parent.name not in card
-    assert "not to follow instructions" in card
+    assert "did not teach it to follow instructions" in card
 
 
 def test_the_end_of_text_is_that_of_the_tokenizer(words):

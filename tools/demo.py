@@ -336,7 +336,8 @@ def main(settings):
     try:
         socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
     except (OSError, OverflowError):
-        sys.exit(f"--port={port} is taken or none, or --host={host} is not this machine; choose another.")
+        where = f"--host={host} --port={port or 'any'}"
+        sys.exit(f"{where} cannot be served: the port is taken or is none, or the host is another machine.")
     page = build_page(settings)
     # One text at a time: the next one waits its turn, and sees its place. More than 20 are turned away.
     page.queue(max_size=20, default_concurrency_limit=1)
