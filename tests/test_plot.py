@@ -104,6 +104,7 @@ def test_scores_of_checkpoints_of_conversations_and_of_each_folder_of_a_mix(trai
     assert curves["accuracy/piqa"] == ([20, 40], [25, 50]) and curves["val_bpb/web"] == ([40], [2.5])
     panels = {axis.get_title(): axis for axis in plot.draw(["run"], [curves], everything=True).axes}
     assert list(panels) == list(plot.PANELS.values())
+    assert all(axis.get_shared_x_axes().joined(axis, panels[plot.PANELS["loss"]]) for axis in panels.values())
     for metric, words in (("val_bpb", {"all", "web", "code"}), ("accuracy", {"piqa", "mine", "chance, 50%"})):
         assert {text.get_text() for text in panels[plot.PANELS[metric]].texts} == words
     (own / "checkpoint-000040").rename(own / "checkpoint-1000000")
